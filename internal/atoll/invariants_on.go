@@ -1,0 +1,7 @@
+//go:build invariants || race
+
+package atoll
+
+// Invariants reports whether costly internal checks run: in race builds and
+// with the build tag "invariants".
+const Invariants = true
