@@ -1,0 +1,251 @@
+package catalog
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync/atomic"
+	"time"
+
+	"go.etcd.io/etcd/api/v3/mvccpb"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	clientv3 "go.etcd.io/etcd/client/v3"
+
+	"github.com/atollstore/atoll/internal/atoll"
+)
+
+// Etcd is a KV on an etcd cluster: the embedded one (EtcdServer.KV) or any other
+// (DialEtcd).
+type Etcd struct {
+	client *clientv3.Client
+	own    bool // Close closes the client
+	// renew renews a lease within the process; nil: by the client.
+	renew func(ctx context.Context, id LeaseID) error
+}
+
+var _ KV = (*Etcd)(nil)
+
+// NewEtcd returns the KV of a client, which the caller closes.
+func NewEtcd(client *clientv3.Client) *Etcd { return &Etcd{client: client} }
+
+// DialEtcd connects to an etcd cluster. An endpoint is "host:port", an http or
+// https URL, or "unix:///path". config is nil for a cluster without TLS, which
+// must not be reachable by others. It does not wait for the cluster to answer.
+func DialEtcd(endpoints []string, config *tls.Config, log *slog.Logger) (*Etcd, error) {
+	client, err := clientv3.New(clientv3.Config{
+		Endpoints:            endpoints,
+		TLS:                  config,
+		DialKeepAliveTime:    2 * time.Second,
+		DialKeepAliveTimeout: 2 * time.Second,
+		Logger:               zapLogger(log, new(atomic.Bool)),
+	})
+	if err != nil {
+		return nil, fmt.Errorf("dial etcd %v: %w: %w", endpoints, err, atoll.ErrInvalid)
+	}
+	return &Etcd{client: client, own: true}, nil
+}
+
+// Close ends the connection that DialEtcd made, and its watches.
+func (e *Etcd) Close() error {
+	if !e.own {
+		return nil
+	}
+	if err := e.client.Close(); err != nil && !errors.Is(err, context.Canceled) {
+		return fmt.Errorf("close etcd client: %w", err)
+	}
+	return nil
+}
+
+// Get implements KV.
+func (e *Etcd) Get(ctx context.Context, key string) (KeyValue, error) {
+	ctx, done := bound(ctx)
+	defer done()
+	resp, err := e.client.Get(ctx, key)
+	if err != nil {
+		return KeyValue{}, fmt.Errorf("get key %s: %w", key, kind(err))
+	}
+	if len(resp.Kvs) == 0 {
+		return KeyValue{}, fmt.Errorf("get key %s: %w", key, atoll.ErrNotExist)
+	}
+	return keyValue(resp.Kvs[0]), nil
+}
+
+// Range implements KV.
+func (e *Etcd) Range(ctx context.Context, prefix, after string, limit int) ([]KeyValue, int64, error) {
+	ctx, done := bound(ctx)
+	defer done()
+	from := prefix
+	if after >= prefix {
+		from = after + "\x00"
+	}
+	end := clientv3.GetPrefixRangeEnd(prefix)
+	if end != "\x00" && from >= end { // etcd refuses an empty range
+		from, limit = prefix, -1
+	}
+	resp, err := e.client.Get(ctx, from, clientv3.WithRange(end), clientv3.WithLimit(int64(max(limit, 0))))
+	if err != nil {
+		return nil, 0, fmt.Errorf("list keys under %s: %w", prefix, kind(err))
+	}
+	if limit < 0 {
+		return nil, resp.Header.Revision, nil
+	}
+	out := make([]KeyValue, len(resp.Kvs))
+	for i, kv := range resp.Kvs {
+		out[i] = keyValue(kv)
+	}
+	return out, resp.Header.Revision, nil
+}
+
+// Txn implements KV.
+func (e *Etcd) Txn(ctx context.Context, t Txn) (TxnResult, error) {
+	if err := checkTxn(t); err != nil {
+		return TxnResult{}, err
+	}
+	ctx, done := bound(ctx)
+	defer done()
+	cmps := make([]clientv3.Cmp, len(t.If))
+	for i, c := range t.If {
+		cmps[i] = compare(c)
+	}
+	reads := make([]clientv3.Op, 0, len(t.Read)+len(t.Then))
+	for _, key := range t.Read {
+		reads = append(reads, clientv3.OpGet(key))
+	}
+	then := reads
+	for _, op := range t.Then {
+		if op.Delete {
+			then = append(then, clientv3.OpDelete(op.Key))
+		} else {
+			then = append(then, clientv3.OpPut(op.Key, string(op.Value), clientv3.WithLease(clientv3.LeaseID(op.Lease))))
+		}
+	}
+	resp, err := e.client.Txn(ctx).If(cmps...).Then(then...).Else(reads...).Commit()
+	if err != nil {
+		return TxnResult{}, fmt.Errorf("run transaction: %w", kind(err))
+	}
+	res := TxnResult{OK: resp.Succeeded, Rev: resp.Header.Revision}
+	for i, key := range t.Read {
+		kv := KeyValue{Key: key}
+		if kvs := resp.Responses[i].GetResponseRange().Kvs; len(kvs) > 0 {
+			kv = keyValue(kvs[0])
+		}
+		res.Got = append(res.Got, kv)
+	}
+	return res, nil
+}
+
+func compare(c Cmp) clientv3.Cmp {
+	switch c.Kind {
+	case IfExists:
+		return clientv3.Compare(clientv3.CreateRevision(c.Key), ">", 0)
+	case IfValue:
+		return clientv3.Compare(clientv3.Value(c.Key), "=", string(c.Val))
+	}
+	return clientv3.Compare(clientv3.ModRevision(c.Key), "=", c.Rev)
+}
+
+// Grant implements KV. etcd counts whole seconds; a part of one is rounded up.
+func (e *Etcd) Grant(ctx context.Context, ttl time.Duration) (LeaseID, error) {
+	ctx, done := bound(ctx)
+	defer done()
+	resp, err := e.client.Grant(ctx, int64((ttl+time.Second-1)/time.Second))
+	if err != nil {
+		return 0, fmt.Errorf("grant lease: %w", kind(err))
+	}
+	return LeaseID(resp.ID), nil
+}
+
+// KeepAlive implements KV.
+func (e *Etcd) KeepAlive(ctx context.Context, id LeaseID) error {
+	ctx, done := bound(ctx)
+	defer done()
+	var err error
+	if e.renew != nil {
+		err = e.renew(ctx, id)
+	} else {
+		_, err = e.client.KeepAliveOnce(ctx, clientv3.LeaseID(id))
+	}
+	if err != nil {
+		return fmt.Errorf("renew lease %x: %w", id, kind(err))
+	}
+	return nil
+}
+
+// Revoke implements KV.
+func (e *Etcd) Revoke(ctx context.Context, id LeaseID) error {
+	ctx, done := bound(ctx)
+	defer done()
+	_, err := e.client.Revoke(ctx, clientv3.LeaseID(id))
+	if err != nil && !errors.Is(err, rpctypes.ErrLeaseNotFound) {
+		return fmt.Errorf("revoke lease %x: %w", id, kind(err))
+	}
+	return nil
+}
+
+// Watch implements KV.
+func (e *Etcd) Watch(ctx context.Context, prefix string, rev int64) <-chan WatchBatch {
+	out := make(chan WatchBatch)
+	in := e.client.Watch(clientv3.WithRequireLeader(ctx), prefix, clientv3.WithPrefix(), clientv3.WithRev(rev))
+	go func() { // ends with in, which ends with ctx or the client
+		defer close(out)
+		for resp := range in {
+			b := WatchBatch{Err: watchError(resp)}
+			for _, ev := range resp.Events {
+				b.Events = append(b.Events, Event{KeyValue: keyValue(ev.Kv), Deleted: ev.Type == mvccpb.DELETE})
+			}
+			if b.Err == nil && len(b.Events) == 0 {
+				continue
+			}
+			select {
+			case out <- b:
+			case <-ctx.Done():
+				return
+			}
+		}
+	}()
+	return out
+}
+
+func watchError(resp clientv3.WatchResponse) error {
+	switch err := resp.Err(); {
+	case err == nil:
+		return nil
+	case resp.CompactRevision != 0:
+		return fmt.Errorf("watch, compacted at %d: %w: %w", resp.CompactRevision, err, atoll.ErrConflict)
+	default:
+		return fmt.Errorf("watch: %w: %w", err, atoll.ErrUnreachable)
+	}
+}
+
+func keyValue(kv *mvccpb.KeyValue) KeyValue {
+	return KeyValue{Key: string(kv.Key), Value: kv.Value, Mod: kv.ModRevision, Lease: LeaseID(kv.Lease)}
+}
+
+// kind gives an error of etcd its kind. What is not known to have been refused
+// may have been done.
+func kind(err error) error {
+	table := []struct{ from, to error }{
+		{rpctypes.ErrLeaseNotFound, atoll.ErrNotExist},
+		{rpctypes.ErrNoSpace, atoll.ErrNoSpace},
+		{rpctypes.ErrTooManyOps, atoll.ErrTooLarge},
+		{rpctypes.ErrRequestTooLarge, atoll.ErrTooLarge},
+		{rpctypes.ErrDuplicateKey, atoll.ErrInvalid},
+		{rpctypes.ErrEmptyKey, atoll.ErrInvalid},
+		{rpctypes.ErrCompacted, atoll.ErrConflict},
+		{rpctypes.ErrPermissionDenied, atoll.ErrDenied},
+		{rpctypes.ErrTimeout, atoll.ErrTimeout},
+		{context.DeadlineExceeded, atoll.ErrTimeout},
+		{context.Canceled, atoll.ErrTimeout},
+	}
+	if errors.Is(err, atoll.ErrNotExist) {
+		return err
+	}
+	for _, row := range table {
+		if errors.Is(err, row.from) {
+			return fmt.Errorf("%w: %w", err, row.to)
+		}
+	}
+	return fmt.Errorf("%w: %w", err, atoll.ErrUnreachable)
+}

@@ -1,0 +1,176 @@
+package catalog
+
+import (
+	"time"
+
+	"github.com/atollstore/atoll/internal/atoll"
+)
+
+// Cluster is the cluster's own record.
+type Cluster struct {
+	ID      atoll.UUID `json:"id"`
+	Name    string     `json:"name,omitempty"`
+	Level   int        `json:"level"` // format level; only rises
+	Created time.Time  `json:"created"`
+}
+
+// NodeState is what the operator wants of a node.
+type NodeState string
+
+// States of a node. Whether it answers is not a state but Node.Up.
+const (
+	NodeActive   NodeState = "active"
+	NodeDraining NodeState = "draining" // takes no new segments
+	NodeRemoved  NodeState = "removed"
+)
+
+// Node is a storage node: one disk. The failure domains are disk < node < host
+// < rack.
+type Node struct {
+	ID          atoll.NodeID `json:"id"`
+	Disk        atoll.UUID   `json:"disk"`        // identity in the superblock
+	Incarnation atoll.UUID   `json:"incarnation"` // of the disk's contents
+	Process     atoll.UUID   `json:"process"`     // server process it last ran in
+	Addr        string       `json:"addr"`        // wire address
+	Host        string       `json:"host"`
+	Rack        string       `json:"rack,omitempty"`
+	State       NodeState    `json:"state"`
+	Created     time.Time    `json:"created"`
+
+	// From the node's report, which lives as long as its process's lease.
+	Up     bool       `json:"up"`
+	Report NodeReport `json:"report"`
+
+	Rev int64 `json:"-"`
+}
+
+// NodeReport is what a node says of itself every second.
+type NodeReport struct {
+	Total    int64         `json:"total"` // bytes
+	Free     int64         `json:"free"`
+	Segments int           `json:"segments"`
+	Open     int           `json:"open"`
+	ReadOnly bool          `json:"readOnly,omitempty"`
+	Full     bool          `json:"full,omitempty"`
+	Errors   uint64        `json:"errors,omitempty"`
+	P99      time.Duration `json:"p99,omitempty"` // of recent appends
+	At       time.Time     `json:"at"`
+}
+
+// Copyset is a set of nodes in different failure domains that hold the copies
+// of segments. Version rises with every change of membership.
+type Copyset struct {
+	ID      atoll.CopysetID `json:"id"`
+	Nodes   []atoll.NodeID  `json:"nodes"`
+	Version uint64          `json:"version"`
+	Retired bool            `json:"retired,omitempty"` // takes no new segments
+	Rev     int64           `json:"-"`
+}
+
+// Process is a running server. Its record lives as long as its lease.
+type Process struct {
+	ID      atoll.UUID `json:"id"`
+	Host    string     `json:"host"`
+	PID     int        `json:"pid"`
+	Roles   []string   `json:"roles"`
+	API     string     `json:"api"`           // address of its control API
+	NBD     string     `json:"nbd,omitempty"` // address of its NBD server
+	Wire    string     `json:"wire,omitempty"`
+	Version string     `json:"version"`
+	Started time.Time  `json:"started"`
+}
+
+// MediumKind is what a medium is.
+type MediumKind string
+
+// Kinds of media.
+const (
+	KindVolume MediumKind = "volume"
+	KindFS     MediumKind = "fs"
+	KindDB     MediumKind = "db"
+)
+
+// MediumState tells where a medium is in its life.
+type MediumState string
+
+// States of a medium. Creating and deleting take more than one step, so both
+// are records that a crash leaves behind and a later run finishes.
+const (
+	MediumLive     MediumState = "live"
+	MediumDeleting MediumState = "deleting" // fenced; segments are being removed
+)
+
+// Policy says how a medium's bytes are kept.
+type Policy struct {
+	Replicas    int `json:"replicas"`         // copies, 1 to 5
+	MinReplicas int `json:"min,omitempty"`    // write on with this many healthy nodes; 0 = one less than Replicas, at least 1
+	Segment     int `json:"blocks,omitempty"` // segment size in blocks; 0 = atoll.SegmentBlocks
+}
+
+// Medium is what a user owns, apart from its contents.
+type Medium struct {
+	ID      atoll.MediumID    `json:"id"`
+	Name    string            `json:"name"`
+	Kind    MediumKind        `json:"kind"`
+	State   MediumState       `json:"state"`
+	Owner   string            `json:"owner"`
+	Size    int64             `json:"size,omitempty"` // of a volume, bytes
+	Policy  Policy            `json:"policy"`
+	Created time.Time         `json:"created"`
+	Props   map[string]string `json:"props,omitempty"`
+	Rev     int64             `json:"-"`
+}
+
+// Lane tells which of a medium's two open segments one is.
+type Lane uint8
+
+// Lanes. User data, logs and anything that orders writes go to the hot lane;
+// tables, map pages and compaction output to the bulk lane.
+const (
+	Hot Lane = iota
+	Bulk
+)
+
+// Unsealed is a segment whose length is not yet fixed.
+type Unsealed struct {
+	Seg  atoll.SegmentID `json:"seg"`
+	Lane Lane            `json:"lane"`
+	Size atoll.BlockNo   `json:"size"` // limit in blocks
+}
+
+// Sealed is a segment whose length is fixed.
+type Sealed struct {
+	Seg        atoll.SegmentID `json:"seg"`
+	Lane       Lane            `json:"lane"`
+	Length     atoll.BlockNo   `json:"len"`
+	Unverified []atoll.NodeID  `json:"unv,omitempty"` // copies not known to be whole
+}
+
+// BlockRef points at bytes in a medium's log.
+type BlockRef struct {
+	Seg    atoll.SegmentID `json:"seg"`
+	Block  atoll.BlockNo   `json:"block"`
+	Blocks atoll.BlockNo   `json:"blocks"`
+	CRC    uint32          `json:"crc"` // CRC32C of those bytes
+}
+
+// Head is what the owner of a medium changes: who owns it, where its manifest
+// is, and which segments came after. It is small, and every change of it is a
+// compare-and-set under the owner's epoch.
+type Head struct {
+	Medium  atoll.MediumID `json:"medium"`
+	Epoch   atoll.Epoch    `json:"epoch"`
+	Process atoll.UUID     `json:"process"` // owner; zero when cleanly closed
+	// Manifest is the last manifest written; nil before the first.
+	Manifest *BlockRef `json:"manifest,omitempty"`
+	// Next is the ordinal that the next segment gets.
+	Next atoll.Ordinal `json:"next"`
+	// Unsealed segments, oldest first, each registered before it is used.
+	Unsealed []Unsealed `json:"unsealed,omitempty"`
+	// Sealed since the manifest was written, oldest first.
+	Sealed []Sealed `json:"sealed,omitempty"`
+	// Dropped lists segments to be removed from nodes: they were taken out of
+	// the manifest, or registered and never used.
+	Dropped []atoll.SegmentID `json:"dropped,omitempty"`
+	Rev     int64             `json:"-"`
+}
