@@ -1,0 +1,135 @@
+package controller
+
+import (
+	"fmt"
+	"slices"
+
+	"github.com/atollstore/atoll/internal/atoll"
+	"github.com/atollstore/atoll/internal/catalog"
+)
+
+// Grade is how well the cluster is, in one word.
+type Grade string
+
+// Grades.
+const (
+	Healthy  Grade = "healthy"
+	Degraded Grade = "degraded" // everything works, with less in reserve
+	Critical Grade = "critical" // some data cannot be read, or nothing can be written
+)
+
+// Summary is the health of the cluster and why it is not better. Reasons are
+// sentences without a full stop, the worst first.
+type Summary struct {
+	Grade   Grade    `json:"grade"`
+	Reasons []string `json:"reasons,omitempty"`
+}
+
+// Health judges the cluster by its state: what nodes say of themselves and who
+// is missing. It is a pure function. It cannot see damage that no node has
+// reported.
+func Health(st *catalog.State) Summary {
+	h := &judge{st: st}
+	h.nodes()
+	h.copysets()
+	if st.Leaders[office].IsZero() {
+		h.degraded = append(h.degraded, "no controller is elected")
+	}
+	switch {
+	case len(h.critical) > 0:
+		return Summary{Critical, append(h.critical, h.degraded...)}
+	case len(h.degraded) > 0:
+		return Summary{Degraded, h.degraded}
+	}
+	return Summary{Grade: Healthy}
+}
+
+type judge struct {
+	st                 *catalog.State
+	critical, degraded []string
+}
+
+func (h *judge) nodes() {
+	var down, readOnly, full, draining []atoll.NodeID
+	active, writable := 0, 0
+	for _, id := range sortedNodes(h.st) {
+		n := h.st.Nodes[id]
+		switch {
+		case n.State == catalog.NodeRemoved:
+			continue
+		case n.State == catalog.NodeDraining:
+			draining = append(draining, id)
+		default:
+			active++
+		}
+		switch {
+		case !n.Up:
+			down = append(down, id)
+		case n.Report.ReadOnly:
+			readOnly = append(readOnly, id)
+		case n.Report.Full:
+			full = append(full, id)
+		case n.State == catalog.NodeActive:
+			writable++
+		}
+	}
+	if active == 0 {
+		h.critical = append(h.critical, "no storage nodes are active")
+	} else if writable == 0 {
+		h.critical = append(h.critical, "no storage node takes writes")
+	}
+	h.group(down, "is down", "are down")
+	h.group(readOnly, "is read-only after an I/O error", "are read-only after I/O errors")
+	h.group(full, "is full", "are full")
+	h.group(draining, "is draining", "are draining")
+	want := 0
+	for n := range h.st.Copies {
+		want = max(want, n)
+	}
+	if writable > 0 && writable < want {
+		h.degraded = append(h.degraded, fmt.Sprintf("%d %s, some media want %d copies",
+			writable, plural(writable, "node takes writes", "nodes take writes"), want))
+	}
+}
+
+// group adds a reason that names the nodes.
+func (h *judge) group(ids []atoll.NodeID, one, many string) {
+	switch len(ids) {
+	case 0:
+	case 1:
+		h.degraded = append(h.degraded, fmt.Sprintf("node %v (%s) %s", ids[0], h.st.Nodes[ids[0]].Host, one))
+	default:
+		h.degraded = append(h.degraded, fmt.Sprintf("nodes %v %s", ids, many))
+	}
+}
+
+// copysets finds those of which no member can be read.
+func (h *judge) copysets() {
+	dark := 0
+	for _, set := range h.st.Copysets {
+		readable := func(id atoll.NodeID) bool { return h.st.Nodes[id].Up }
+		if !slices.ContainsFunc(set.Nodes, readable) {
+			dark++
+		}
+	}
+	if dark > 0 {
+		h.critical = append(h.critical, fmt.Sprintf("%d %s no node that is up: what only they hold cannot be read",
+			dark, plural(dark, "copyset has", "copysets have")))
+	}
+}
+
+func plural(n int, one, many string) string {
+	if n == 1 {
+		return one
+	}
+	return many
+}
+
+func sortedNodes(st *catalog.State) []atoll.NodeID {
+	ids := make([]atoll.NodeID, 0, len(st.Nodes))
+	for id := range st.Nodes {
+		ids = append(ids, id)
+	}
+	slices.Sort(ids)
+	return ids
+}

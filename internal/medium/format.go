@@ -1,0 +1,407 @@
+package medium
+
+import (
+	"encoding/binary"
+	"fmt"
+	"hash/crc32"
+	"time"
+
+	"github.com/atollstore/atoll/internal/atoll"
+	"github.com/atollstore/atoll/internal/catalog"
+	"github.com/atollstore/atoll/internal/segment"
+)
+
+// Kinds of records that belong to this package.
+const (
+	kindManifest segment.Kind = 1 // root of a manifest
+	kindChunk    segment.Kind = 2 // part of the segment table
+	kindRoot     segment.Kind = 3 // root of the kind, when it is not inline
+	kindRemap    segment.Kind = 4 // where blocks of a compacted segment went
+	kindNote     segment.Kind = 5 // what the head says, after each roll
+	kindMark     segment.Kind = 6 // where a mark was taken; no payload
+
+	// FirstKind is the lowest record kind that a kind of medium may use.
+	FirstKind segment.Kind = 16
+)
+
+// All numbers are little-endian. Every record is padded with zeros to whole
+// blocks; "length" counts the bytes before padding, and the checksum (CRC32C)
+// covers them with its own field taken as zero.
+//
+// A reference to bytes in the log, 20 bytes, all zero for none:
+//
+//	 0  4  ordinal      4  4  copyset     8  4  block    12  4  blocks
+//	16  4  CRC32C of the blocks
+//
+// The root of a manifest:
+//
+//	  0   4  magic "ATMR"
+//	  4   1  version (1)
+//	  5   3  0
+//	  8   4  checksum
+//	 12   4  length
+//	 16   8  medium
+//	 24   8  epoch of the owner that wrote it
+//	 32   8  serial number of the manifest
+//	 40   4  mark: ordinal          44  4  mark: block
+//	 48   8  mark: sequence number of the first record to replay
+//	 56   4  mark: bulk segments below this ordinal were sealed
+//	 60   4  next ordinal when written
+//	 64   8  parent medium (of a clone)      72  8  parent version
+//	 80  20  reference to the kind's root, zero when it is inline
+//	100  20  reference to delta runs (reserved)
+//	120   4  length of the kind's root
+//	124   4  number of chunk references
+//	128   4  number of versions
+//	132   4  number of the first chunk; every segment of those before is gone
+//	136      the kind's root if inline
+//	         chunk references, 20 bytes each; chunk i covers the ordinals from
+//	         i*512+1 on; none means that every segment of it is gone
+//	         versions
+//
+// A version:
+//
+//	 0   8  number            8   8  time, nanoseconds since 1970
+//	16   8  sequence number  24  20  root   44  20  deadlist
+//	64   2  length of name   66   2  length of memo   68  name, memo
+//
+// A chunk of the segment table:
+//
+//	 0   4  magic "ATMC"   4  1  version (1)   5  3  0
+//	 8   4  checksum      12  4  length
+//	16   8  medium        24  4  first ordinal  28  4  number of entries
+//	32      entries, 64 bytes each:
+//
+//	 0   1  state          1   1  lane     2  1  number of unverified copies
+//	 3   1  0              4   4  copyset  8  4  length in blocks
+//	12   4  live blocks   16   8  birth generation
+//	24  20  remap         44  20  nodes with unverified copies
+const (
+	magicManifest = 0x524d5441 // "ATMR"
+	magicChunk    = 0x434d5441 // "ATMC"
+	magicRemap    = 0x504d5441 // "ATMP"
+	magicNote     = 0x4e4d5441 // "ATMN"
+	formatVersion = 1
+
+	refSize     = 20
+	rootFixed   = 136
+	versionSize = 68
+	chunkFixed  = 32
+	entrySize   = 64
+	remapFixed  = 32
+	remapRun    = 16
+	noteFixed   = 64
+	noteEntry   = 36
+
+	// chunkEntries is the number of ordinals that a chunk covers.
+	chunkEntries = 512
+	// inlineRoot is the longest root of a kind that lies in the manifest's root.
+	inlineRoot = 2048
+	// MaxRoot is the longest root of a kind in bytes.
+	MaxRoot = 1 << 20
+	// maxChunks bounds the table: 33 million segments.
+	maxChunks = 1 << 16
+)
+
+var (
+	le         = binary.LittleEndian
+	castagnoli = crc32.MakeTable(crc32.Castagnoli)
+)
+
+// Ref points at a record in the log of a medium. The zero Ref points nowhere.
+type Ref struct {
+	Ordinal atoll.Ordinal
+	Copyset atoll.CopysetID
+	Block   atoll.BlockNo
+	Blocks  atoll.BlockNo
+	CRC     uint32 // CRC32C of the blocks
+}
+
+// IsZero reports whether r points nowhere.
+func (r Ref) IsZero() bool { return r == Ref{} }
+
+// Mark is a position in the hot lane: replay starts there.
+type Mark struct {
+	Ordinal atoll.Ordinal // segment; records of earlier ones are not replayed
+	Block   atoll.BlockNo // in that segment
+	Seq     uint64        // sequence number of the first record to replay
+	Bulk    atoll.Ordinal // bulk segments below were sealed when it was taken
+
+	count int64 // blocks the kind had appended to the hot lane since Open
+}
+
+// Version is a recorded state of a medium.
+type Version struct {
+	Number   uint64
+	Name     string
+	Memo     string
+	Time     time.Time
+	Seq      uint64 // the state is that before this sequence number
+	Root     Ref    // the kind's root
+	Deadlist Ref    // blocks that died since and that this version holds
+}
+
+// state of a segment in the table.
+type state uint8
+
+const (
+	stateNone    state = iota // not known here
+	stateOpen                 // the head knows more: unsealed when the chunk was written
+	stateLive                 // sealed, in use
+	stateDropped              // nothing in it is used; nodes are to remove it
+	stateGone                 // dropped, and every node has answered that it is removed
+	stateVirtual              // compacted away; every live block is in the remap
+)
+
+// entry is what the table says of one segment.
+type entry struct {
+	State      state
+	Lane       catalog.Lane
+	Copyset    atoll.CopysetID
+	Length     atoll.BlockNo
+	Live       int32
+	Generation uint64
+	Remap      Ref
+	Unverified []atoll.NodeID
+}
+
+// manifest is the decoded root of a manifest.
+type manifest struct {
+	Medium   atoll.MediumID
+	Epoch    atoll.Epoch
+	Serial   uint64
+	Mark     Mark
+	Next     atoll.Ordinal
+	Parent   atoll.MediumID
+	ParentV  uint64
+	Root     []byte // inline root of the kind
+	RootRef  Ref    // or where it is
+	RootLen  int
+	Delta    Ref
+	First    int // number of the first chunk in Chunks
+	Chunks   []Ref
+	Versions []Version
+}
+
+func putRef(p []byte, r Ref) {
+	le.PutUint32(p[0:], uint32(r.Ordinal))
+	le.PutUint32(p[4:], uint32(r.Copyset))
+	le.PutUint32(p[8:], uint32(r.Block))
+	le.PutUint32(p[12:], uint32(r.Blocks))
+	le.PutUint32(p[16:], r.CRC)
+}
+
+func getRef(p []byte) Ref {
+	return Ref{
+		Ordinal: atoll.Ordinal(le.Uint32(p[0:])), Copyset: atoll.CopysetID(le.Uint32(p[4:])),
+		Block: atoll.BlockNo(le.Uint32(p[8:])), Blocks: atoll.BlockNo(le.Uint32(p[12:])),
+		CRC: le.Uint32(p[16:]),
+	}
+}
+
+// frame starts a record: magic, version and room for checksum and length.
+func frame(magic uint32, fixed int) []byte {
+	p := make([]byte, fixed, max(fixed, atoll.BlockSize))
+	le.PutUint32(p[0:], magic)
+	p[4] = formatVersion
+	return p
+}
+
+// finish stores length and checksum and pads to whole blocks.
+func finish(p []byte) []byte {
+	n := len(p)
+	le.PutUint32(p[12:], uint32(n))
+	le.PutUint32(p[8:], frameCRC(p))
+	return append(p, make([]byte, -n&(atoll.BlockSize-1))...)
+}
+
+func frameCRC(p []byte) uint32 {
+	var zero [4]byte
+	c := crc32.Update(0, castagnoli, p[:8])
+	c = crc32.Update(c, castagnoli, zero[:])
+	return crc32.Update(c, castagnoli, p[12:])
+}
+
+// unframe checks magic, checksum and version and returns the bytes of the
+// record without padding.
+func unframe(what string, p []byte, magic uint32, fixed int) ([]byte, error) {
+	if len(p) < fixed || le.Uint32(p) != magic {
+		return nil, fmt.Errorf("parse %s: no magic: %w", what, atoll.ErrCorrupt)
+	}
+	n := int(le.Uint32(p[12:]))
+	if n < fixed || n > len(p) {
+		return nil, fmt.Errorf("parse %s: length %d of %d: %w", what, n, len(p), atoll.ErrCorrupt)
+	}
+	p = p[:n]
+	if c := frameCRC(p); c != le.Uint32(p[8:]) {
+		return nil, fmt.Errorf("parse %s: checksum %08x, stored %08x: %w", what, c, le.Uint32(p[8:]), atoll.ErrCorrupt)
+	}
+	if p[4] != formatVersion {
+		return nil, fmt.Errorf("parse %s: version %d, this program knows %d: %w", what, p[4], formatVersion, atoll.ErrVersion)
+	}
+	return p, nil
+}
+
+// encode returns the root record in whole blocks.
+func (m *manifest) encode() []byte {
+	p := frame(magicManifest, rootFixed)
+	le.PutUint64(p[16:], uint64(m.Medium))
+	le.PutUint64(p[24:], uint64(m.Epoch))
+	le.PutUint64(p[32:], m.Serial)
+	le.PutUint32(p[40:], uint32(m.Mark.Ordinal))
+	le.PutUint32(p[44:], uint32(m.Mark.Block))
+	le.PutUint64(p[48:], m.Mark.Seq)
+	le.PutUint32(p[56:], uint32(m.Mark.Bulk))
+	le.PutUint32(p[60:], uint32(m.Next))
+	le.PutUint64(p[64:], uint64(m.Parent))
+	le.PutUint64(p[72:], m.ParentV)
+	putRef(p[80:], m.RootRef)
+	putRef(p[100:], m.Delta)
+	le.PutUint32(p[120:], uint32(m.RootLen))
+	le.PutUint32(p[124:], uint32(len(m.Chunks)))
+	le.PutUint32(p[128:], uint32(len(m.Versions)))
+	le.PutUint32(p[132:], uint32(m.First))
+	p = append(p, m.Root...)
+	for _, c := range m.Chunks {
+		p = append(p, make([]byte, refSize)...)
+		putRef(p[len(p)-refSize:], c)
+	}
+	for i := range m.Versions {
+		p = appendVersion(p, &m.Versions[i])
+	}
+	return finish(p)
+}
+
+func appendVersion(p []byte, v *Version) []byte {
+	var q [versionSize]byte
+	le.PutUint64(q[0:], v.Number)
+	le.PutUint64(q[8:], uint64(v.Time.UnixNano()))
+	le.PutUint64(q[16:], v.Seq)
+	putRef(q[24:], v.Root)
+	putRef(q[44:], v.Deadlist)
+	le.PutUint16(q[64:], uint16(len(v.Name)))
+	le.PutUint16(q[66:], uint16(len(v.Memo)))
+	p = append(p, q[:]...)
+	p = append(p, v.Name...)
+	return append(p, v.Memo...)
+}
+
+// parseManifest decodes a root record. The result does not share memory with p.
+func parseManifest(p []byte) (*manifest, error) {
+	p, err := unframe("manifest", p, magicManifest, rootFixed)
+	if err != nil {
+		return nil, err
+	}
+	m := &manifest{
+		Medium: atoll.MediumID(le.Uint64(p[16:])), Epoch: atoll.Epoch(le.Uint64(p[24:])), Serial: le.Uint64(p[32:]),
+		Mark: Mark{
+			Ordinal: atoll.Ordinal(le.Uint32(p[40:])), Block: atoll.BlockNo(le.Uint32(p[44:])),
+			Seq: le.Uint64(p[48:]), Bulk: atoll.Ordinal(le.Uint32(p[56:])),
+		},
+		Next: atoll.Ordinal(le.Uint32(p[60:])), Parent: atoll.MediumID(le.Uint64(p[64:])), ParentV: le.Uint64(p[72:]),
+		RootRef: getRef(p[80:]), Delta: getRef(p[100:]), RootLen: int(le.Uint32(p[120:])), First: int(le.Uint32(p[132:])),
+	}
+	chunks, versions := int(le.Uint32(p[124:])), int(le.Uint32(p[128:]))
+	q := p[rootFixed:]
+	bad := fmt.Errorf("parse manifest of medium %v: counts do not agree with length: %w", m.Medium, atoll.ErrCorrupt)
+	if m.RootLen > MaxRoot || chunks > maxChunks || m.First > 1<<23 {
+		return nil, bad
+	}
+	if m.RootRef.IsZero() {
+		if len(q) < m.RootLen {
+			return nil, bad
+		}
+		if m.RootLen > 0 {
+			m.Root = append([]byte(nil), q[:m.RootLen]...)
+		}
+		q = q[m.RootLen:]
+	}
+	if len(q) < chunks*refSize {
+		return nil, bad
+	}
+	for range chunks {
+		m.Chunks = append(m.Chunks, getRef(q))
+		q = q[refSize:]
+	}
+	for range versions {
+		v, rest, ok := parseVersion(q)
+		if !ok {
+			return nil, bad
+		}
+		m.Versions, q = append(m.Versions, v), rest
+	}
+	if len(q) != 0 {
+		return nil, bad
+	}
+	return m, nil
+}
+
+func parseVersion(q []byte) (v Version, rest []byte, ok bool) {
+	if len(q) < versionSize {
+		return v, nil, false
+	}
+	name, memo := int(le.Uint16(q[64:])), int(le.Uint16(q[66:]))
+	if len(q) < versionSize+name+memo {
+		return v, nil, false
+	}
+	v = Version{
+		Number: le.Uint64(q[0:]), Time: time.Unix(0, int64(le.Uint64(q[8:]))), Seq: le.Uint64(q[16:]),
+		Root: getRef(q[24:]), Deadlist: getRef(q[44:]),
+		Name: string(q[versionSize : versionSize+name]), Memo: string(q[versionSize+name : versionSize+name+memo]),
+	}
+	return v, q[versionSize+name+memo:], true
+}
+
+// encodeChunk returns a chunk record in whole blocks.
+func encodeChunk(medium atoll.MediumID, first atoll.Ordinal, entries []entry) []byte {
+	p := frame(magicChunk, chunkFixed+entrySize*len(entries))
+	le.PutUint64(p[16:], uint64(medium))
+	le.PutUint32(p[24:], uint32(first))
+	le.PutUint32(p[28:], uint32(len(entries)))
+	for i := range entries {
+		putEntry(p[chunkFixed+entrySize*i:], &entries[i])
+	}
+	return finish(p)
+}
+
+func putEntry(q []byte, e *entry) {
+	q[0], q[1], q[2] = byte(e.State), byte(e.Lane), byte(len(e.Unverified))
+	le.PutUint32(q[4:], uint32(e.Copyset))
+	le.PutUint32(q[8:], uint32(e.Length))
+	le.PutUint32(q[12:], uint32(e.Live))
+	le.PutUint64(q[16:], e.Generation)
+	putRef(q[24:], e.Remap)
+	for i, n := range e.Unverified {
+		le.PutUint32(q[44+4*i:], uint32(n))
+	}
+}
+
+// parseChunk decodes a chunk record.
+func parseChunk(p []byte) (medium atoll.MediumID, first atoll.Ordinal, entries []entry, err error) {
+	p, err = unframe("chunk of a segment table", p, magicChunk, chunkFixed)
+	if err != nil {
+		return 0, 0, nil, err
+	}
+	medium, first = atoll.MediumID(le.Uint64(p[16:])), atoll.Ordinal(le.Uint32(p[24:]))
+	n := int(le.Uint32(p[28:]))
+	if n > chunkEntries || len(p) != chunkFixed+n*entrySize {
+		return 0, 0, nil, fmt.Errorf("parse chunk of a segment table: %d entries in %d bytes: %w", n, len(p), atoll.ErrCorrupt)
+	}
+	entries = make([]entry, n)
+	for i := range entries {
+		q := p[chunkFixed+entrySize*i:]
+		e := &entries[i]
+		*e = entry{
+			State: state(q[0]), Lane: catalog.Lane(q[1]), Copyset: atoll.CopysetID(le.Uint32(q[4:])),
+			Length: atoll.BlockNo(le.Uint32(q[8:])), Live: int32(le.Uint32(q[12:])),
+			Generation: le.Uint64(q[16:]), Remap: getRef(q[24:]),
+		}
+		if e.State > stateVirtual || q[2] > atoll.MaxCopies || e.Lane > catalog.Bulk {
+			return 0, 0, nil, fmt.Errorf("parse chunk of a segment table: entry %d makes no sense: %w", i, atoll.ErrCorrupt)
+		}
+		for j := range int(q[2]) {
+			e.Unverified = append(e.Unverified, atoll.NodeID(le.Uint32(q[44+4*j:])))
+		}
+	}
+	return medium, first, entries, nil
+}

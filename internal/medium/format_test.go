@@ -1,0 +1,180 @@
+package medium
+
+import (
+	"bytes"
+	"errors"
+	"flag"
+	"os"
+	"path/filepath"
+	"reflect"
+	"testing"
+	"time"
+
+	"github.com/atollstore/atoll/internal/atoll"
+	"github.com/atollstore/atoll/internal/catalog"
+)
+
+var rewrite = flag.Bool("rewrite", false, "write the files in testdata anew")
+
+func sampleManifest() *manifest {
+	return &manifest{
+		Medium: 0x0123456789abcdef, Epoch: 7, Serial: 9, Mark: Mark{Ordinal: 3, Block: 17, Seq: 4711, Bulk: 5},
+		Next: 12, Parent: 0xfedcba9876543210, ParentV: 2, Root: []byte("root of the kind"), RootLen: 16,
+		Delta: Ref{1, 2, 3, 4, 5}, First: 1, Chunks: []Ref{{2, 1, 40, 8, 0xabcd}, {}},
+		Versions: []Version{{
+			Number: 1, Name: "release", Memo: "before the move", Time: time.Unix(0, 1700000000000000000), Seq: 99,
+			Root: Ref{2, 1, 60, 1, 6}, Deadlist: Ref{2, 1, 61, 1, 7},
+		}},
+	}
+}
+
+func sampleEntries() []entry {
+	return []entry{
+		{State: stateLive, Lane: catalog.Hot, Copyset: 1, Length: 16000, Live: 12345, Generation: 3},
+		{State: stateDropped, Lane: catalog.Bulk, Copyset: 2},
+		{State: stateGone},
+		{State: stateLive, Lane: catalog.Bulk, Copyset: 3, Length: 77, Unverified: []atoll.NodeID{4, 5}},
+		{State: stateVirtual, Copyset: 3, Length: 77, Remap: Ref{9, 8, 7, 6, 5}},
+	}
+}
+
+func sampleHead() *catalog.Head {
+	seg := func(o atoll.Ordinal) atoll.SegmentID { return atoll.SegmentID{Medium: 5, Ordinal: o, Copyset: 3} }
+	return &catalog.Head{
+		Medium: 5, Epoch: 8, Next: 44, Manifest: &catalog.BlockRef{Seg: seg(40), Block: 3, Blocks: 1, CRC: 77},
+		Sealed:   []catalog.Sealed{{Seg: seg(41), Lane: catalog.Bulk, Length: 100, Unverified: []atoll.NodeID{1}}},
+		Unsealed: []catalog.Unsealed{{Seg: seg(42), Lane: catalog.Hot, Size: 16384}},
+		Dropped:  []atoll.SegmentID{seg(43)},
+	}
+}
+
+func sampleRemap() *remap {
+	return &remap{Medium: 5, Ordinal: 3, Moves: []move{{1, 4, 9, 100}, {5, 1, 9, 200}, {70, 10, 10, 0}}}
+}
+
+// golden checks bytes against a file that must be readable for ever.
+func golden(t *testing.T, name string, got []byte) {
+	t.Helper()
+	path := filepath.Join("testdata", name)
+	if *rewrite {
+		if err := os.WriteFile(path, got, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(got, want) {
+		t.Errorf("encoding of %s changed", name)
+	}
+}
+
+func TestFormats(t *testing.T) {
+	m := sampleManifest()
+	p := m.encode()
+	golden(t, "v1.manifest", p)
+	if got, err := parseManifest(p); err != nil || !reflect.DeepEqual(got, m) {
+		t.Errorf("manifest: %v\n got %+v\nwant %+v", err, got, m)
+	}
+	p = encodeChunk(m.Medium, 513, sampleEntries())
+	golden(t, "v1.chunk", p)
+	id, first, entries, err := parseChunk(p)
+	if err != nil || id != m.Medium || first != 513 || !reflect.DeepEqual(entries, sampleEntries()) {
+		t.Errorf("chunk: %v %v %v\n got %+v", err, id, first, entries)
+	}
+	p = encodeNote(sampleHead())
+	golden(t, "v1.note", p)
+	if got, err := parseNote(p); err != nil || !sameHead(*got, *sampleHead()) {
+		t.Errorf("note: %v\n got %+v", err, got)
+	}
+	p = sampleRemap().encode()
+	golden(t, "v1.remap", p)
+	if got, err := parseRemap(p); err != nil || !reflect.DeepEqual(got, sampleRemap()) {
+		t.Errorf("remap: %v\n got %+v", err, got)
+	}
+}
+
+// TestFormatDamage flips every byte in turn: each flip must be noticed.
+func TestFormatDamage(t *testing.T) {
+	records := map[string][]byte{
+		"manifest": sampleManifest().encode(), "chunk": encodeChunk(1, 1, sampleEntries()),
+		"note": encodeNote(sampleHead()), "remap": sampleRemap().encode(),
+	}
+	for name, p := range records {
+		n := int(le.Uint32(p[12:]))
+		for i := range n {
+			q := bytes.Clone(p)
+			q[i] ^= 0x40
+			if err := parseAny(q); err == nil {
+				t.Errorf("%s: flip of byte %d went unnoticed", name, i)
+			}
+		}
+		q := bytes.Clone(p)
+		q[4] = formatVersion + 1
+		le.PutUint32(q[8:], frameCRC(q[:n]))
+		if err := parseAny(q); !errors.Is(err, atoll.ErrVersion) {
+			t.Errorf("%s: newer version: %v", name, err)
+		}
+	}
+}
+
+func parseAny(p []byte) error {
+	var err error
+	switch le.Uint32(p) {
+	case magicManifest:
+		_, err = parseManifest(p)
+	case magicChunk:
+		_, _, _, err = parseChunk(p)
+	case magicNote:
+		_, err = parseNote(p)
+	case magicRemap:
+		_, err = parseRemap(p)
+	default:
+		err = atoll.ErrCorrupt
+	}
+	return err
+}
+
+func FuzzFormats(f *testing.F) {
+	f.Add(sampleManifest().encode())
+	f.Add(encodeChunk(1, 1, sampleEntries()))
+	f.Add(encodeNote(sampleHead()))
+	f.Add(sampleRemap().encode())
+	f.Fuzz(func(t *testing.T, p []byte) {
+		// Make the frame valid, so that the fuzzer gets at what is inside.
+		if len(p) < chunkFixed {
+			return
+		}
+		p = bytes.Clone(p)
+		le.PutUint32(p[12:], uint32(len(p)))
+		le.PutUint32(p[8:], frameCRC(p))
+		if parseAny(p) != nil {
+			return
+		}
+		if le.Uint32(p) != magicManifest {
+			return
+		}
+		m, _ := parseManifest(p)
+		if again, err := parseManifest(m.encode()); err != nil || !reflect.DeepEqual(again, m) {
+			t.Errorf("manifest does not survive another round: %v", err)
+		}
+	})
+}
+
+func TestRemapFind(t *testing.T) {
+	r := sampleRemap()
+	for _, c := range []struct {
+		block atoll.BlockNo
+		o     atoll.Ordinal
+		at, n atoll.BlockNo
+		ok    bool
+	}{
+		{0, 0, 0, 1, false}, {1, 9, 100, 4, true}, {4, 9, 103, 1, true}, {5, 9, 200, 1, true},
+		{6, 0, 0, 64, false}, {79, 10, 9, 1, true}, {80, 0, 0, atoll.MaxSegmentBlocks, false},
+	} {
+		if o, at, n, ok := r.find(c.block); o != c.o || at != c.at || n != c.n || ok != c.ok {
+			t.Errorf("find %d: %v %v %v %v, want %+v", c.block, o, at, n, ok, c)
+		}
+	}
+}
