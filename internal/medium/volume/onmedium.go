@@ -1,0 +1,31 @@
+package volume
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/atollstore/atoll/internal/atoll"
+	"github.com/atollstore/atoll/internal/catalog"
+	"github.com/atollstore/atoll/internal/medium"
+	"github.com/atollstore/atoll/internal/stream"
+)
+
+// OnMedium returns the Store that a medium is. The caller keeps the medium and
+// closes it after the volume.
+func OnMedium(m *medium.Medium) Store { return onMedium{m} }
+
+type onMedium struct{ *medium.Medium }
+
+var _ Store = onMedium{}
+
+// NewEntry implements Store.
+func (s onMedium) NewEntry() Entry { return new(stream.Entry) }
+
+// Submit implements Store.
+func (s onMedium) Submit(ctx context.Context, lane catalog.Lane, e Entry) error {
+	se, ok := e.(*stream.Entry)
+	if !ok {
+		return fmt.Errorf("submit an entry of type %T: %w", e, atoll.ErrInvalid)
+	}
+	return s.Medium.Submit(ctx, lane, se)
+}

@@ -1,0 +1,199 @@
+package volume
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+
+	"github.com/atollstore/atoll/internal/atoll"
+	"github.com/atollstore/atoll/internal/host"
+	"github.com/atollstore/atoll/internal/segment"
+)
+
+// pageMap is the tree with its lock and the loading of what is not in memory.
+// The lock is held for memory work only.
+type pageMap struct {
+	store  Store
+	medium atoll.MediumID
+	limit  int64 // bytes of leaves to keep
+
+	mu      sync.Mutex
+	t       *tree
+	loading map[want]chan struct{}
+	loads   uint64
+}
+
+// minMapBytes keeps room for the leaves that are being looked at.
+const minMapBytes = 512 << 10
+
+func newPageMap(s Store, limit int64, t *tree) *pageMap {
+	return &pageMap{store: s, medium: s.Info().ID, limit: max(limit, minMapBytes), t: t, loading: make(map[want]chan struct{})}
+}
+
+// lookup fills out with the locations of the pages from p on.
+func (m *pageMap) lookup(ctx context.Context, p pageNo, out []atoll.Location) error {
+	for {
+		m.mu.Lock()
+		n, w := m.t.lookup(p, out)
+		m.mu.Unlock()
+		if n == len(out) {
+			return nil
+		}
+		p, out = p+pageNo(n), out[n:]
+		if err := m.load(ctx, w); err != nil {
+			return err
+		}
+	}
+}
+
+// prepare loads what put and clear need for pages [p, p+n), so that they
+// cannot fail later.
+func (m *pageMap) prepare(ctx context.Context, p pageNo, n uint64) error {
+	for {
+		m.mu.Lock()
+		w := m.t.needNodes(p, n)
+		m.mu.Unlock()
+		if w.none() {
+			return nil
+		}
+		if err := m.load(ctx, w); err != nil {
+			return err
+		}
+	}
+}
+
+// put records locations. The range must have been prepared.
+func (m *pageMap) put(p pageNo, locs []atoll.Location) {
+	m.mu.Lock()
+	m.t.put(p, locs)
+	if m.t.mem > m.limit {
+		m.t.evict(m.limit)
+	}
+	m.mu.Unlock()
+}
+
+// clear makes pages holes. The range must have been prepared. Others get in
+// between the parts of a long range.
+func (m *pageMap) clear(p pageNo, n uint64) {
+	for n > 0 {
+		part := min(n, 1<<nodeBits-uint64(p)&(1<<nodeBits-1))
+		m.mu.Lock()
+		m.t.clear(p, part)
+		m.mu.Unlock()
+		p, n = p+pageNo(part), n-part
+	}
+}
+
+// load brings what w names into memory, once for all who want it.
+func (m *pageMap) load(ctx context.Context, w want) error {
+	m.mu.Lock()
+	if done, ok := m.loading[w]; ok {
+		m.mu.Unlock()
+		select {
+		case <-done: // the caller looks again
+			return nil
+		case <-ctx.Done():
+			return fmt.Errorf("load map: %w: %w", atoll.ErrTimeout, ctx.Err())
+		}
+	}
+	done := make(chan struct{})
+	m.loading[w] = done
+	m.loads++
+	m.mu.Unlock()
+
+	buf, err := m.fetch(ctx, w)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	delete(m.loading, w)
+	close(done)
+	if err != nil {
+		if !m.wanted(w) { // moved by a checkpoint while it was read
+			return nil
+		}
+		return err
+	}
+	defer buf.Release()
+	return m.install(w, buf.Bytes())
+}
+
+// wanted reports whether w still is what a lookup would ask for.
+func (m *pageMap) wanted(w want) bool {
+	if w.node {
+		e := m.t.top[w.idx]
+		return e.node == nil && e.loc == w.loc
+	}
+	return m.t.top[w.idx>>leafBits].node.locs[w.idx&(fan-1)] == w.loc
+}
+
+func (m *pageMap) install(w want, p []byte) error {
+	if w.leaf {
+		if m.t.mem > m.limit { // before, so that the new one is there to be used
+			m.t.evict(m.limit)
+		}
+		m.t.installLeaf(w.idx, w.loc, decodeLeaf(p))
+		return nil
+	}
+	nd, err := decodeNode(p, m.medium, w.idx)
+	if err != nil {
+		return err
+	}
+	m.t.installNode(w.idx, w.loc, nd)
+	return nil
+}
+
+// fetch reads and checks the block or blocks that w names.
+func (m *pageMap) fetch(ctx context.Context, w want) (*host.Buffer, error) {
+	n, key, what := 1, uint64(leafKey), "leaf"
+	if w.node {
+		n, key, what = nodeBlocks, nodeKey, "node"
+	}
+	buf := host.Alloc(n * atoll.BlockSize)
+	err := m.store.Read(ctx, w.loc.Ordinal(), w.loc.Block(), buf.Bytes())
+	if err == nil && checkBits(segment.CRC(buf.Bytes()[:atoll.BlockSize]), m.medium, key|uint64(w.idx)) != w.loc.Check() {
+		err = atoll.ErrCorrupt
+	}
+	if err != nil {
+		buf.Release()
+		return nil, fmt.Errorf("load map %s %d at %v: %w", what, w.idx, w.loc, err)
+	}
+	return buf, nil
+}
+
+// location builds the location of a block whose checksum is known.
+func (m *pageMap) location(o atoll.Ordinal, b atoll.BlockNo, crc uint32, key uint64) atoll.Location {
+	return atoll.MakeLocation(o, b, checkBits(crc, m.medium, key))
+}
+
+// moved reports whether an error of Store.Read may come from reading at a
+// place that the map has left meanwhile.
+func moved(err error) bool {
+	return errors.Is(err, atoll.ErrNotExist) || errors.Is(err, atoll.ErrCorrupt)
+}
+
+// resize follows a change of the size from old to size bytes. What is beyond a
+// smaller size must have been prepared.
+func (m *pageMap) resize(old, size int64) {
+	if size < old {
+		r := span(size, old-size)
+		m.clear(r.from, uint64(r.to-r.from))
+	}
+	m.mu.Lock()
+	m.t.resize(uint64(size / atoll.BlockSize))
+	m.mu.Unlock()
+}
+
+// crowded reports whether leaves that wait for a checkpoint take too much.
+func (m *pageMap) crowded() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.t.crowded(m.limit)
+}
+
+// holes reports whether pages [p, p+n) are known to be holes without loading
+// anything.
+func (m *pageMap) holes(p pageNo, n uint64) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.t.holes(p, n)
+}
