@@ -1,0 +1,41 @@
+# Everything a developer needs. "make demo" and "make test" work on a fresh
+# Debian machine with Go.
+
+GO      ?= go
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+LDFLAGS := -s -w -X main.version=$(VERSION)
+export CGO_ENABLED ?= 0
+
+.PHONY: build demo test race suites lint bench generate packages clean
+
+build:            ## the static binary, bin/atoll
+	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/atoll ./cmd/atoll
+
+demo: build       ## the main job end to end on real data; needs no root
+	bin/atoll demo --script tour --rm
+
+packages:         ## Debian packages that the tests use (needs root)
+	@bash scripts/packages.sh
+
+test: packages build ## every test
+	@bash scripts/test.sh
+
+race:             ## the unit tests under the race detector
+	CGO_ENABLED=1 $(GO) test -race -short ./...
+
+lint:             ## gofmt, go vet, staticcheck
+	@out=$$(gofmt -l $$(git ls-files '*.go')); if [ -n "$$out" ]; then echo "gofmt would change:"; echo "$$out"; exit 1; fi
+	$(GO) vet ./...
+	$(GO) tool staticcheck ./...
+
+bench: build      ## speed and memory, with the bare disk in the same run
+	$(GO) run ./bench
+
+generate:         ## the API's code (needs protobuf-compiler and libprotobuf-dev)
+	$(GO) build -o bin/ google.golang.org/protobuf/cmd/protoc-gen-go connectrpc.com/connect/cmd/protoc-gen-connect-go
+	PATH="$(CURDIR)/bin:$$PATH" protoc -I internal/api -I /usr/include \
+	  --go_out=. --go_opt=module=github.com/atollstore/atoll \
+	  --connect-go_out=. --connect-go_opt=module=github.com/atollstore/atoll internal/api/atoll.proto
+
+clean:
+	rm -rf bin atoll-demo
