@@ -22,7 +22,7 @@ import (
 
 // demoCommand is "atoll demo" with its verbs that break and mend nodes.
 func demoCommand(app *cli.App) *cobra.Command {
-	o := demo.Options{Out: os.Stdout, Err: os.Stderr, Version: buildVersion(), Environ: os.Environ()}
+	o := demo.Options{Out: os.Stdout, Err: os.Stderr, Version: buildVersion()}
 	var verbose bool
 	cmd := &cobra.Command{
 		Use:     "demo",

@@ -29,7 +29,6 @@ type Options struct {
 	Listen  string
 	NBD     string
 	Version string
-	Environ []string
 	Out     io.Writer
 	Err     io.Writer
 	TTY     bool // Out is a terminal

@@ -48,14 +48,13 @@ type memberRecord struct {
 
 // home is an opened data directory.
 type home struct {
-	dir        string
-	lock       io.Closer
-	rec        memberRecord
-	identity   *pki.Identity
-	ca         *pki.CA // nil unless this server keeps the cluster's authority
-	credential string  // "atoll1:<CA hash>:<secret>"
-	token      string  // the secret part
-	run        string  // directory of sockets that nobody else may enter
+	dir      string
+	lock     io.Closer
+	rec      memberRecord
+	identity *pki.Identity
+	ca       *pki.CA // nil unless this server keeps the cluster's authority
+	token    string  // the API's credential: "atoll1:<CA hash>:<secret>"
+	run      string  // directory of sockets that nobody else may enter
 }
 
 // openHome opens the data directory: a used one, a new one for a new cluster, or
@@ -261,8 +260,7 @@ func (h *home) loadCredential() error {
 	if err != nil {
 		return fmt.Errorf("credential: %w", err)
 	}
-	h.credential = strings.TrimSpace(string(text))
-	h.token = h.credential
+	h.token = strings.TrimSpace(string(text))
 	return nil
 }
 

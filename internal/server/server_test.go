@@ -261,11 +261,11 @@ func TestCheckRepairs(t *testing.T) {
 func TestListeners(t *testing.T) {
 	s := start(t, testConfig(t, testDir(t)), Options{})
 	defer mustStop(t, s)
-	plain := dialAPI(t, "http://"+s.APIAddr(), s.home.credential)
+	plain := dialAPI(t, "http://"+s.APIAddr(), s.home.token)
 	if _, err := plain.Volumes.ListVolumes(t.Context(), request(&atollv1.ListVolumesRequest{})); err != nil {
 		t.Errorf("plain: %v", err)
 	}
-	secure := dialAPI(t, "https://"+s.APIAddr(), s.home.credential)
+	secure := dialAPI(t, "https://"+s.APIAddr(), s.home.token)
 	if _, err := secure.Volumes.ListVolumes(t.Context(), request(&atollv1.ListVolumesRequest{})); err != nil {
 		t.Errorf("TLS: %v", err)
 	}
