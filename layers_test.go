@@ -15,6 +15,9 @@ var layers = map[string]int{
 
 	"internal/host": 2,
 	"internal/pki":  2,
+	"internal/qos":  2,
+
+	"internal/rbdstream": 2,
 
 	"internal/segment": 3,
 	"internal/wire":    3,
@@ -35,19 +38,22 @@ var layers = map[string]int{
 	"internal/api/atollv1":                1, // generated
 	"internal/api/atollv1/atollv1connect": 2,
 
-	"internal/server":   8,
-	"internal/sim":      8,
-	"internal/transfer": 8,
+	"internal/gateway/curve": 8,
+	"internal/sim":           8,
+	"internal/transfer":      8,
 
-	"bench":        9,
-	"internal/cli": 9,
+	"internal/server": 9,
 
-	"internal/demo": 10,
+	"bench":        10,
+	"internal/cli": 10,
 
-	"cmd/atoll": 11,
+	"internal/demo": 11,
 
-	"e2e":       12, // tests only
-	"e2e/guest": 12,
+	"cmd/atoll": 12,
+
+	"e2e":       13, // tests only
+	"e2e/guest": 13,
+	"e2e/rbd":   13,
 }
 
 // foreign says which package may import a large dependency: each foreign thing

@@ -23,12 +23,17 @@ import (
 // Client talks to one server's control API. Errors of its calls are of atoll's
 // kinds. It may be used concurrently.
 type Client struct {
-	Cluster atollv1connect.ClusterServiceClient
-	Volumes atollv1connect.VolumeServiceClient
-	Demo    atollv1connect.DemoServiceClient
-	http    *http.Client
-	base    string
-	token   string
+	Cluster  atollv1connect.ClusterServiceClient
+	Volumes  atollv1connect.VolumeServiceClient
+	Versions atollv1connect.VersionServiceClient
+	Names    atollv1connect.NamespaceServiceClient
+	Trash    atollv1connect.TrashServiceClient
+	Users    atollv1connect.UserServiceClient
+	Tasks    atollv1connect.TaskServiceClient
+	Demo     atollv1connect.DemoServiceClient
+	http     *http.Client
+	base     string
+	token    string
 }
 
 // RuntimeDir returns the directory for the sockets of this user's programs:
@@ -93,10 +98,15 @@ func NewClient(addr, token string, tlsConf *tls.Config) (*Client, error) {
 	hc := &http.Client{Transport: tr}
 	opts := []connect.ClientOption{connect.WithProtoJSON(), connect.WithInterceptors(clientInterceptor{token})}
 	return &Client{
-		Cluster: atollv1connect.NewClusterServiceClient(hc, base, opts...),
-		Volumes: atollv1connect.NewVolumeServiceClient(hc, base, opts...),
-		Demo:    atollv1connect.NewDemoServiceClient(hc, base, opts...),
-		http:    hc, base: base, token: token,
+		Cluster:  atollv1connect.NewClusterServiceClient(hc, base, opts...),
+		Volumes:  atollv1connect.NewVolumeServiceClient(hc, base, opts...),
+		Versions: atollv1connect.NewVersionServiceClient(hc, base, opts...),
+		Names:    atollv1connect.NewNamespaceServiceClient(hc, base, opts...),
+		Trash:    atollv1connect.NewTrashServiceClient(hc, base, opts...),
+		Users:    atollv1connect.NewUserServiceClient(hc, base, opts...),
+		Tasks:    atollv1connect.NewTaskServiceClient(hc, base, opts...),
+		Demo:     atollv1connect.NewDemoServiceClient(hc, base, opts...),
+		http:     hc, base: base, token: token,
 	}, nil
 }
 

@@ -1184,17 +1184,26 @@ type Volume struct {
 	ServedBy  string                 `protobuf:"bytes,8,opt,name=served_by,json=servedBy,proto3" json:"served_by,omitempty"` // process id, empty when not open
 	Urls      []string               `protobuf:"bytes,9,rep,name=urls,proto3" json:"urls,omitempty"`                         // how to reach it over NBD
 	// Below: only when the answering server has it open.
-	Open          bool   `protobuf:"varint,10,opt,name=open,proto3" json:"open,omitempty"`
-	MappedBytes   int64  `protobuf:"varint,11,opt,name=mapped_bytes,json=mappedBytes,proto3" json:"mapped_bytes,omitempty"` // blocks that hold data
-	LogBytes      int64  `protobuf:"varint,12,opt,name=log_bytes,json=logBytes,proto3" json:"log_bytes,omitempty"`          // in its segments, one copy
-	LiveBytes     int64  `protobuf:"varint,13,opt,name=live_bytes,json=liveBytes,proto3" json:"live_bytes,omitempty"`
-	Segments      int32  `protobuf:"varint,14,opt,name=segments,proto3" json:"segments,omitempty"`
-	Connections   int32  `protobuf:"varint,15,opt,name=connections,proto3" json:"connections,omitempty"`
-	Epoch         uint64 `protobuf:"varint,16,opt,name=epoch,proto3" json:"epoch,omitempty"`
-	ShortSegments int32  `protobuf:"varint,17,opt,name=short_segments,json=shortSegments,proto3" json:"short_segments,omitempty"` // with a copy missing or not yet verified
-	Description   string `protobuf:"bytes,18,opt,name=description,proto3" json:"description,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Open             bool                   `protobuf:"varint,10,opt,name=open,proto3" json:"open,omitempty"`
+	MappedBytes      int64                  `protobuf:"varint,11,opt,name=mapped_bytes,json=mappedBytes,proto3" json:"mapped_bytes,omitempty"` // blocks that hold data
+	LogBytes         int64                  `protobuf:"varint,12,opt,name=log_bytes,json=logBytes,proto3" json:"log_bytes,omitempty"`          // in its segments, one copy
+	LiveBytes        int64                  `protobuf:"varint,13,opt,name=live_bytes,json=liveBytes,proto3" json:"live_bytes,omitempty"`
+	Segments         int32                  `protobuf:"varint,14,opt,name=segments,proto3" json:"segments,omitempty"`
+	Connections      int32                  `protobuf:"varint,15,opt,name=connections,proto3" json:"connections,omitempty"`
+	Epoch            uint64                 `protobuf:"varint,16,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	ShortSegments    int32                  `protobuf:"varint,17,opt,name=short_segments,json=shortSegments,proto3" json:"short_segments,omitempty"` // with a copy missing or not yet verified
+	Description      string                 `protobuf:"bytes,18,opt,name=description,proto3" json:"description,omitempty"`
+	Versions         int32                  `protobuf:"varint,19,opt,name=versions,proto3" json:"versions,omitempty"`
+	Last             uint64                 `protobuf:"varint,20,opt,name=last,proto3" json:"last,omitempty"`                                                                                      // number of the newest version, 0 = none
+	Release          uint64                 `protobuf:"varint,21,opt,name=release,proto3" json:"release,omitempty"`                                                                                // number of the released version, 0 = none
+	Parent           string                 `protobuf:"bytes,22,opt,name=parent,proto3" json:"parent,omitempty"`                                                                                   // NAME@VERSION that this is a clone of, or the id of a parent that has no name any more
+	Properties       map[string]string      `protobuf:"bytes,23,rep,name=properties,proto3" json:"properties,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // free; rbd's striping parameters and image-meta are kept here
+	Limits           *Limits                `protobuf:"bytes,24,opt,name=limits,proto3" json:"limits,omitempty"`
+	Schedule         string                 `protobuf:"bytes,25,opt,name=schedule,proto3" json:"schedule,omitempty"`
+	ReclaimableBytes int64                  `protobuf:"varint,26,opt,name=reclaimable_bytes,json=reclaimableBytes,proto3" json:"reclaimable_bytes,omitempty"`
+	Expires          *timestamppb.Timestamp `protobuf:"bytes,27,opt,name=expires,proto3" json:"expires,omitempty"` // of one in the trash
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
 }
 
 func (x *Volume) Reset() {
@@ -1353,6 +1362,69 @@ func (x *Volume) GetDescription() string {
 	return ""
 }
 
+func (x *Volume) GetVersions() int32 {
+	if x != nil {
+		return x.Versions
+	}
+	return 0
+}
+
+func (x *Volume) GetLast() uint64 {
+	if x != nil {
+		return x.Last
+	}
+	return 0
+}
+
+func (x *Volume) GetRelease() uint64 {
+	if x != nil {
+		return x.Release
+	}
+	return 0
+}
+
+func (x *Volume) GetParent() string {
+	if x != nil {
+		return x.Parent
+	}
+	return ""
+}
+
+func (x *Volume) GetProperties() map[string]string {
+	if x != nil {
+		return x.Properties
+	}
+	return nil
+}
+
+func (x *Volume) GetLimits() *Limits {
+	if x != nil {
+		return x.Limits
+	}
+	return nil
+}
+
+func (x *Volume) GetSchedule() string {
+	if x != nil {
+		return x.Schedule
+	}
+	return ""
+}
+
+func (x *Volume) GetReclaimableBytes() int64 {
+	if x != nil {
+		return x.ReclaimableBytes
+	}
+	return 0
+}
+
+func (x *Volume) GetExpires() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Expires
+	}
+	return nil
+}
+
 type CreateVolumeRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -1360,6 +1432,10 @@ type CreateVolumeRequest struct {
 	Replicas      int32                  `protobuf:"varint,3,opt,name=replicas,proto3" json:"replicas,omitempty"` // 0 = the cluster's default
 	Cache         string                 `protobuf:"bytes,4,opt,name=cache,proto3" json:"cache,omitempty"`        // empty = writeback
 	Description   string                 `protobuf:"bytes,5,opt,name=description,proto3" json:"description,omitempty"`
+	Owner         string                 `protobuf:"bytes,6,opt,name=owner,proto3" json:"owner,omitempty"`                           // empty = the caller
+	NoParents     bool                   `protobuf:"varint,7,opt,name=no_parents,json=noParents,proto3" json:"no_parents,omitempty"` // fail when the directory is not there
+	Properties    map[string]string      `protobuf:"bytes,8,rep,name=properties,proto3" json:"properties,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Limits        *Limits                `protobuf:"bytes,9,opt,name=limits,proto3" json:"limits,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1427,6 +1503,34 @@ func (x *CreateVolumeRequest) GetDescription() string {
 		return x.Description
 	}
 	return ""
+}
+
+func (x *CreateVolumeRequest) GetOwner() string {
+	if x != nil {
+		return x.Owner
+	}
+	return ""
+}
+
+func (x *CreateVolumeRequest) GetNoParents() bool {
+	if x != nil {
+		return x.NoParents
+	}
+	return false
+}
+
+func (x *CreateVolumeRequest) GetProperties() map[string]string {
+	if x != nil {
+		return x.Properties
+	}
+	return nil
+}
+
+func (x *CreateVolumeRequest) GetLimits() *Limits {
+	if x != nil {
+		return x.Limits
+	}
+	return nil
 }
 
 type ListVolumesRequest struct {
@@ -1649,6 +1753,7 @@ type DeleteVolumeRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	DryRun        bool                   `protobuf:"varint,2,opt,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"`
+	Now           bool                   `protobuf:"varint,3,opt,name=now,proto3" json:"now,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1697,9 +1802,18 @@ func (x *DeleteVolumeRequest) GetDryRun() bool {
 	return false
 }
 
+func (x *DeleteVolumeRequest) GetNow() bool {
+	if x != nil {
+		return x.Now
+	}
+	return false
+}
+
 type DeleteVolumeResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Bytes         int64                  `protobuf:"varint,1,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	TrashId       string                 `protobuf:"bytes,2,opt,name=trash_id,json=trashId,proto3" json:"trash_id,omitempty"` // set when it went to the trash
+	Expires       *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=expires,proto3" json:"expires,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1739,6 +1853,20 @@ func (x *DeleteVolumeResponse) GetBytes() int64 {
 		return x.Bytes
 	}
 	return 0
+}
+
+func (x *DeleteVolumeResponse) GetTrashId() string {
+	if x != nil {
+		return x.TrashId
+	}
+	return ""
+}
+
+func (x *DeleteVolumeResponse) GetExpires() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Expires
+	}
+	return nil
 }
 
 type CheckVolumeRequest struct {
@@ -1885,6 +2013,3607 @@ func (x *CheckVolumeResponse) GetUnchecked() []string {
 	return nil
 }
 
+type Version struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Number        uint64                 `protobuf:"varint,1,opt,name=number,proto3" json:"number,omitempty"`
+	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	Memo          string                 `protobuf:"bytes,3,opt,name=memo,proto3" json:"memo,omitempty"`
+	Time          *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=time,proto3" json:"time,omitempty"`
+	Parent        uint64                 `protobuf:"varint,5,opt,name=parent,proto3" json:"parent,omitempty"` // number of the version it grew from, 0 = none
+	SizeBytes     int64                  `protobuf:"varint,6,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
+	UsedBytes     int64                  `protobuf:"varint,7,opt,name=used_bytes,json=usedBytes,proto3" json:"used_bytes,omitempty"`       // that hold data
+	UniqueBytes   int64                  `protobuf:"varint,8,opt,name=unique_bytes,json=uniqueBytes,proto3" json:"unique_bytes,omitempty"` // that only this version holds; -1 = not counted
+	Last          bool                   `protobuf:"varint,9,opt,name=last,proto3" json:"last,omitempty"`
+	Release       bool                   `protobuf:"varint,10,opt,name=release,proto3" json:"release,omitempty"`
+	Protected     bool                   `protobuf:"varint,11,opt,name=protected,proto3" json:"protected,omitempty"`
+	Deleting      bool                   `protobuf:"varint,12,opt,name=deleting,proto3" json:"deleting,omitempty"` // removed, but clones or readers still hold it
+	Children      []string               `protobuf:"bytes,13,rep,name=children,proto3" json:"children,omitempty"`  // names of clones
+	Group         string                 `protobuf:"bytes,14,opt,name=group,proto3" json:"group,omitempty"`        // the same for versions made at one point
+	Properties    map[string]string      `protobuf:"bytes,15,rep,name=properties,proto3" json:"properties,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Medium        string                 `protobuf:"bytes,16,opt,name=medium,proto3" json:"medium,omitempty"` // name
+	MediumId      string                 `protobuf:"bytes,17,opt,name=medium_id,json=mediumId,proto3" json:"medium_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Version) Reset() {
+	*x = Version{}
+	mi := &file_atoll_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Version) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Version) ProtoMessage() {}
+
+func (x *Version) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Version.ProtoReflect.Descriptor instead.
+func (*Version) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *Version) GetNumber() uint64 {
+	if x != nil {
+		return x.Number
+	}
+	return 0
+}
+
+func (x *Version) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Version) GetMemo() string {
+	if x != nil {
+		return x.Memo
+	}
+	return ""
+}
+
+func (x *Version) GetTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Time
+	}
+	return nil
+}
+
+func (x *Version) GetParent() uint64 {
+	if x != nil {
+		return x.Parent
+	}
+	return 0
+}
+
+func (x *Version) GetSizeBytes() int64 {
+	if x != nil {
+		return x.SizeBytes
+	}
+	return 0
+}
+
+func (x *Version) GetUsedBytes() int64 {
+	if x != nil {
+		return x.UsedBytes
+	}
+	return 0
+}
+
+func (x *Version) GetUniqueBytes() int64 {
+	if x != nil {
+		return x.UniqueBytes
+	}
+	return 0
+}
+
+func (x *Version) GetLast() bool {
+	if x != nil {
+		return x.Last
+	}
+	return false
+}
+
+func (x *Version) GetRelease() bool {
+	if x != nil {
+		return x.Release
+	}
+	return false
+}
+
+func (x *Version) GetProtected() bool {
+	if x != nil {
+		return x.Protected
+	}
+	return false
+}
+
+func (x *Version) GetDeleting() bool {
+	if x != nil {
+		return x.Deleting
+	}
+	return false
+}
+
+func (x *Version) GetChildren() []string {
+	if x != nil {
+		return x.Children
+	}
+	return nil
+}
+
+func (x *Version) GetGroup() string {
+	if x != nil {
+		return x.Group
+	}
+	return ""
+}
+
+func (x *Version) GetProperties() map[string]string {
+	if x != nil {
+		return x.Properties
+	}
+	return nil
+}
+
+func (x *Version) GetMedium() string {
+	if x != nil {
+		return x.Medium
+	}
+	return ""
+}
+
+func (x *Version) GetMediumId() string {
+	if x != nil {
+		return x.MediumId
+	}
+	return ""
+}
+
+type CreateVersionRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Media         []string               `protobuf:"bytes,1,rep,name=media,proto3" json:"media,omitempty"` // names; several make one consistent point
+	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`   // empty = only a number
+	Memo          string                 `protobuf:"bytes,3,opt,name=memo,proto3" json:"memo,omitempty"`
+	Protected     bool                   `protobuf:"varint,4,opt,name=protected,proto3" json:"protected,omitempty"`
+	Properties    map[string]string      `protobuf:"bytes,5,rep,name=properties,proto3" json:"properties,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CreateVersionRequest) Reset() {
+	*x = CreateVersionRequest{}
+	mi := &file_atoll_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CreateVersionRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CreateVersionRequest) ProtoMessage() {}
+
+func (x *CreateVersionRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CreateVersionRequest.ProtoReflect.Descriptor instead.
+func (*CreateVersionRequest) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *CreateVersionRequest) GetMedia() []string {
+	if x != nil {
+		return x.Media
+	}
+	return nil
+}
+
+func (x *CreateVersionRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *CreateVersionRequest) GetMemo() string {
+	if x != nil {
+		return x.Memo
+	}
+	return ""
+}
+
+func (x *CreateVersionRequest) GetProtected() bool {
+	if x != nil {
+		return x.Protected
+	}
+	return false
+}
+
+func (x *CreateVersionRequest) GetProperties() map[string]string {
+	if x != nil {
+		return x.Properties
+	}
+	return nil
+}
+
+type CreateVersionResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Versions      []*Version             `protobuf:"bytes,1,rep,name=versions,proto3" json:"versions,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CreateVersionResponse) Reset() {
+	*x = CreateVersionResponse{}
+	mi := &file_atoll_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CreateVersionResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CreateVersionResponse) ProtoMessage() {}
+
+func (x *CreateVersionResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CreateVersionResponse.ProtoReflect.Descriptor instead.
+func (*CreateVersionResponse) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *CreateVersionResponse) GetVersions() []*Version {
+	if x != nil {
+		return x.Versions
+	}
+	return nil
+}
+
+type ListVersionsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Exact         bool                   `protobuf:"varint,2,opt,name=exact,proto3" json:"exact,omitempty"` // count unique bytes (walks the maps)
+	All           bool                   `protobuf:"varint,3,opt,name=all,proto3" json:"all,omitempty"`     // also those that are being deleted
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListVersionsRequest) Reset() {
+	*x = ListVersionsRequest{}
+	mi := &file_atoll_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListVersionsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListVersionsRequest) ProtoMessage() {}
+
+func (x *ListVersionsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListVersionsRequest.ProtoReflect.Descriptor instead.
+func (*ListVersionsRequest) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *ListVersionsRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ListVersionsRequest) GetExact() bool {
+	if x != nil {
+		return x.Exact
+	}
+	return false
+}
+
+func (x *ListVersionsRequest) GetAll() bool {
+	if x != nil {
+		return x.All
+	}
+	return false
+}
+
+type ListVersionsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Versions      []*Version             `protobuf:"bytes,1,rep,name=versions,proto3" json:"versions,omitempty"`
+	CurParent     uint64                 `protobuf:"varint,2,opt,name=cur_parent,json=curParent,proto3" json:"cur_parent,omitempty"`
+	Last          uint64                 `protobuf:"varint,3,opt,name=last,proto3" json:"last,omitempty"`
+	Release       uint64                 `protobuf:"varint,4,opt,name=release,proto3" json:"release,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListVersionsResponse) Reset() {
+	*x = ListVersionsResponse{}
+	mi := &file_atoll_proto_msgTypes[31]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListVersionsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListVersionsResponse) ProtoMessage() {}
+
+func (x *ListVersionsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[31]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListVersionsResponse.ProtoReflect.Descriptor instead.
+func (*ListVersionsResponse) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{31}
+}
+
+func (x *ListVersionsResponse) GetVersions() []*Version {
+	if x != nil {
+		return x.Versions
+	}
+	return nil
+}
+
+func (x *ListVersionsResponse) GetCurParent() uint64 {
+	if x != nil {
+		return x.CurParent
+	}
+	return 0
+}
+
+func (x *ListVersionsResponse) GetLast() uint64 {
+	if x != nil {
+		return x.Last
+	}
+	return 0
+}
+
+func (x *ListVersionsResponse) GetRelease() uint64 {
+	if x != nil {
+		return x.Release
+	}
+	return 0
+}
+
+type UpdateVersionRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"` // NAME@VERSION
+	NewName       *string                `protobuf:"bytes,2,opt,name=new_name,json=newName,proto3,oneof" json:"new_name,omitempty"`
+	Memo          *string                `protobuf:"bytes,3,opt,name=memo,proto3,oneof" json:"memo,omitempty"`
+	Protected     *bool                  `protobuf:"varint,4,opt,name=protected,proto3,oneof" json:"protected,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UpdateVersionRequest) Reset() {
+	*x = UpdateVersionRequest{}
+	mi := &file_atoll_proto_msgTypes[32]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UpdateVersionRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UpdateVersionRequest) ProtoMessage() {}
+
+func (x *UpdateVersionRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[32]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UpdateVersionRequest.ProtoReflect.Descriptor instead.
+func (*UpdateVersionRequest) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{32}
+}
+
+func (x *UpdateVersionRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *UpdateVersionRequest) GetNewName() string {
+	if x != nil && x.NewName != nil {
+		return *x.NewName
+	}
+	return ""
+}
+
+func (x *UpdateVersionRequest) GetMemo() string {
+	if x != nil && x.Memo != nil {
+		return *x.Memo
+	}
+	return ""
+}
+
+func (x *UpdateVersionRequest) GetProtected() bool {
+	if x != nil && x.Protected != nil {
+		return *x.Protected
+	}
+	return false
+}
+
+type DeleteVersionRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	All           bool                   `protobuf:"varint,2,opt,name=all,proto3" json:"all,omitempty"`
+	DryRun        bool                   `protobuf:"varint,3,opt,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteVersionRequest) Reset() {
+	*x = DeleteVersionRequest{}
+	mi := &file_atoll_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteVersionRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteVersionRequest) ProtoMessage() {}
+
+func (x *DeleteVersionRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteVersionRequest.ProtoReflect.Descriptor instead.
+func (*DeleteVersionRequest) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{33}
+}
+
+func (x *DeleteVersionRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *DeleteVersionRequest) GetAll() bool {
+	if x != nil {
+		return x.All
+	}
+	return false
+}
+
+func (x *DeleteVersionRequest) GetDryRun() bool {
+	if x != nil {
+		return x.DryRun
+	}
+	return false
+}
+
+type DeleteVersionResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Bytes         int64                  `protobuf:"varint,1,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	Versions      int32                  `protobuf:"varint,2,opt,name=versions,proto3" json:"versions,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteVersionResponse) Reset() {
+	*x = DeleteVersionResponse{}
+	mi := &file_atoll_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteVersionResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteVersionResponse) ProtoMessage() {}
+
+func (x *DeleteVersionResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteVersionResponse.ProtoReflect.Descriptor instead.
+func (*DeleteVersionResponse) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{34}
+}
+
+func (x *DeleteVersionResponse) GetBytes() int64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+func (x *DeleteVersionResponse) GetVersions() int32 {
+	if x != nil {
+		return x.Versions
+	}
+	return 0
+}
+
+type ReleaseVersionRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReleaseVersionRequest) Reset() {
+	*x = ReleaseVersionRequest{}
+	mi := &file_atoll_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReleaseVersionRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReleaseVersionRequest) ProtoMessage() {}
+
+func (x *ReleaseVersionRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReleaseVersionRequest.ProtoReflect.Descriptor instead.
+func (*ReleaseVersionRequest) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{35}
+}
+
+func (x *ReleaseVersionRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type RestoreVersionRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Backup        bool                   `protobuf:"varint,2,opt,name=backup,proto3" json:"backup,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RestoreVersionRequest) Reset() {
+	*x = RestoreVersionRequest{}
+	mi := &file_atoll_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RestoreVersionRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RestoreVersionRequest) ProtoMessage() {}
+
+func (x *RestoreVersionRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RestoreVersionRequest.ProtoReflect.Descriptor instead.
+func (*RestoreVersionRequest) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *RestoreVersionRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *RestoreVersionRequest) GetBackup() bool {
+	if x != nil {
+		return x.Backup
+	}
+	return false
+}
+
+type RestoreVersionResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Version       *Version               `protobuf:"bytes,1,opt,name=version,proto3" json:"version,omitempty"`
+	Saved         *Version               `protobuf:"bytes,2,opt,name=saved,proto3" json:"saved,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RestoreVersionResponse) Reset() {
+	*x = RestoreVersionResponse{}
+	mi := &file_atoll_proto_msgTypes[37]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RestoreVersionResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RestoreVersionResponse) ProtoMessage() {}
+
+func (x *RestoreVersionResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[37]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RestoreVersionResponse.ProtoReflect.Descriptor instead.
+func (*RestoreVersionResponse) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{37}
+}
+
+func (x *RestoreVersionResponse) GetVersion() *Version {
+	if x != nil {
+		return x.Version
+	}
+	return nil
+}
+
+func (x *RestoreVersionResponse) GetSaved() *Version {
+	if x != nil {
+		return x.Saved
+	}
+	return nil
+}
+
+type CloneVersionRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Source        string                 `protobuf:"bytes,1,opt,name=source,proto3" json:"source,omitempty"` // NAME@VERSION; NAME alone makes a version for it
+	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`     // of the new medium
+	Owner         string                 `protobuf:"bytes,3,opt,name=owner,proto3" json:"owner,omitempty"`
+	Cache         string                 `protobuf:"bytes,4,opt,name=cache,proto3" json:"cache,omitempty"`
+	Properties    map[string]string      `protobuf:"bytes,5,rep,name=properties,proto3" json:"properties,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	NoParents     bool                   `protobuf:"varint,6,opt,name=no_parents,json=noParents,proto3" json:"no_parents,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CloneVersionRequest) Reset() {
+	*x = CloneVersionRequest{}
+	mi := &file_atoll_proto_msgTypes[38]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CloneVersionRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CloneVersionRequest) ProtoMessage() {}
+
+func (x *CloneVersionRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[38]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CloneVersionRequest.ProtoReflect.Descriptor instead.
+func (*CloneVersionRequest) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{38}
+}
+
+func (x *CloneVersionRequest) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
+}
+
+func (x *CloneVersionRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *CloneVersionRequest) GetOwner() string {
+	if x != nil {
+		return x.Owner
+	}
+	return ""
+}
+
+func (x *CloneVersionRequest) GetCache() string {
+	if x != nil {
+		return x.Cache
+	}
+	return ""
+}
+
+func (x *CloneVersionRequest) GetProperties() map[string]string {
+	if x != nil {
+		return x.Properties
+	}
+	return nil
+}
+
+func (x *CloneVersionRequest) GetNoParents() bool {
+	if x != nil {
+		return x.NoParents
+	}
+	return false
+}
+
+type FlattenRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FlattenRequest) Reset() {
+	*x = FlattenRequest{}
+	mi := &file_atoll_proto_msgTypes[39]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FlattenRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FlattenRequest) ProtoMessage() {}
+
+func (x *FlattenRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[39]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FlattenRequest.ProtoReflect.Descriptor instead.
+func (*FlattenRequest) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{39}
+}
+
+func (x *FlattenRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type ListChildrenRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Descendants   bool                   `protobuf:"varint,2,opt,name=descendants,proto3" json:"descendants,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListChildrenRequest) Reset() {
+	*x = ListChildrenRequest{}
+	mi := &file_atoll_proto_msgTypes[40]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListChildrenRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListChildrenRequest) ProtoMessage() {}
+
+func (x *ListChildrenRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[40]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListChildrenRequest.ProtoReflect.Descriptor instead.
+func (*ListChildrenRequest) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{40}
+}
+
+func (x *ListChildrenRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ListChildrenRequest) GetDescendants() bool {
+	if x != nil {
+		return x.Descendants
+	}
+	return false
+}
+
+type ListChildrenResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Children      []*Child               `protobuf:"bytes,1,rep,name=children,proto3" json:"children,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListChildrenResponse) Reset() {
+	*x = ListChildrenResponse{}
+	mi := &file_atoll_proto_msgTypes[41]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListChildrenResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListChildrenResponse) ProtoMessage() {}
+
+func (x *ListChildrenResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[41]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListChildrenResponse.ProtoReflect.Descriptor instead.
+func (*ListChildrenResponse) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{41}
+}
+
+func (x *ListChildrenResponse) GetChildren() []*Child {
+	if x != nil {
+		return x.Children
+	}
+	return nil
+}
+
+type Child struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Id            string                 `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"`
+	Version       uint64                 `protobuf:"varint,3,opt,name=version,proto3" json:"version,omitempty"`
+	Parent        string                 `protobuf:"bytes,4,opt,name=parent,proto3" json:"parent,omitempty"`
+	Trashed       bool                   `protobuf:"varint,5,opt,name=trashed,proto3" json:"trashed,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Child) Reset() {
+	*x = Child{}
+	mi := &file_atoll_proto_msgTypes[42]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Child) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Child) ProtoMessage() {}
+
+func (x *Child) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[42]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Child.ProtoReflect.Descriptor instead.
+func (*Child) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{42}
+}
+
+func (x *Child) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Child) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *Child) GetVersion() uint64 {
+	if x != nil {
+		return x.Version
+	}
+	return 0
+}
+
+func (x *Child) GetParent() string {
+	if x != nil {
+		return x.Parent
+	}
+	return ""
+}
+
+func (x *Child) GetTrashed() bool {
+	if x != nil {
+		return x.Trashed
+	}
+	return false
+}
+
+type DiffRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"` // NAME or NAME@VERSION: the end point
+	From          string                 `protobuf:"bytes,2,opt,name=from,proto3" json:"from,omitempty"` // version; empty = the beginning
+	Offset        int64                  `protobuf:"varint,3,opt,name=offset,proto3" json:"offset,omitempty"`
+	Length        int64                  `protobuf:"varint,4,opt,name=length,proto3" json:"length,omitempty"` // 0 = to the end
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DiffRequest) Reset() {
+	*x = DiffRequest{}
+	mi := &file_atoll_proto_msgTypes[43]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DiffRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DiffRequest) ProtoMessage() {}
+
+func (x *DiffRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[43]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DiffRequest.ProtoReflect.Descriptor instead.
+func (*DiffRequest) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{43}
+}
+
+func (x *DiffRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *DiffRequest) GetFrom() string {
+	if x != nil {
+		return x.From
+	}
+	return ""
+}
+
+func (x *DiffRequest) GetOffset() int64 {
+	if x != nil {
+		return x.Offset
+	}
+	return 0
+}
+
+func (x *DiffRequest) GetLength() int64 {
+	if x != nil {
+		return x.Length
+	}
+	return 0
+}
+
+type DiffResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Extents       []*Extent              `protobuf:"bytes,1,rep,name=extents,proto3" json:"extents,omitempty"`
+	SizeBytes     int64                  `protobuf:"varint,2,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DiffResponse) Reset() {
+	*x = DiffResponse{}
+	mi := &file_atoll_proto_msgTypes[44]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DiffResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DiffResponse) ProtoMessage() {}
+
+func (x *DiffResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[44]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DiffResponse.ProtoReflect.Descriptor instead.
+func (*DiffResponse) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{44}
+}
+
+func (x *DiffResponse) GetExtents() []*Extent {
+	if x != nil {
+		return x.Extents
+	}
+	return nil
+}
+
+func (x *DiffResponse) GetSizeBytes() int64 {
+	if x != nil {
+		return x.SizeBytes
+	}
+	return 0
+}
+
+type Extent struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Offset        int64                  `protobuf:"varint,1,opt,name=offset,proto3" json:"offset,omitempty"`
+	Length        int64                  `protobuf:"varint,2,opt,name=length,proto3" json:"length,omitempty"`
+	Zero          bool                   `protobuf:"varint,3,opt,name=zero,proto3" json:"zero,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Extent) Reset() {
+	*x = Extent{}
+	mi := &file_atoll_proto_msgTypes[45]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Extent) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Extent) ProtoMessage() {}
+
+func (x *Extent) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[45]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Extent.ProtoReflect.Descriptor instead.
+func (*Extent) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{45}
+}
+
+func (x *Extent) GetOffset() int64 {
+	if x != nil {
+		return x.Offset
+	}
+	return 0
+}
+
+func (x *Extent) GetLength() int64 {
+	if x != nil {
+		return x.Length
+	}
+	return 0
+}
+
+func (x *Extent) GetZero() bool {
+	if x != nil {
+		return x.Zero
+	}
+	return false
+}
+
+type SetScheduleRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Schedule      string                 `protobuf:"bytes,2,opt,name=schedule,proto3" json:"schedule,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetScheduleRequest) Reset() {
+	*x = SetScheduleRequest{}
+	mi := &file_atoll_proto_msgTypes[46]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetScheduleRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetScheduleRequest) ProtoMessage() {}
+
+func (x *SetScheduleRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[46]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetScheduleRequest.ProtoReflect.Descriptor instead.
+func (*SetScheduleRequest) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{46}
+}
+
+func (x *SetScheduleRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *SetScheduleRequest) GetSchedule() string {
+	if x != nil {
+		return x.Schedule
+	}
+	return ""
+}
+
+type SetScheduleResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Schedule      string                 `protobuf:"bytes,1,opt,name=schedule,proto3" json:"schedule,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetScheduleResponse) Reset() {
+	*x = SetScheduleResponse{}
+	mi := &file_atoll_proto_msgTypes[47]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetScheduleResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetScheduleResponse) ProtoMessage() {}
+
+func (x *SetScheduleResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[47]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetScheduleResponse.ProtoReflect.Descriptor instead.
+func (*SetScheduleResponse) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{47}
+}
+
+func (x *SetScheduleResponse) GetSchedule() string {
+	if x != nil {
+		return x.Schedule
+	}
+	return ""
+}
+
+type BeginImportRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	From          string                 `protobuf:"bytes,2,opt,name=from,proto3" json:"from,omitempty"`
+	To            string                 `protobuf:"bytes,3,opt,name=to,proto3" json:"to,omitempty"`
+	SizeBytes     int64                  `protobuf:"varint,4,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BeginImportRequest) Reset() {
+	*x = BeginImportRequest{}
+	mi := &file_atoll_proto_msgTypes[48]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BeginImportRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BeginImportRequest) ProtoMessage() {}
+
+func (x *BeginImportRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[48]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BeginImportRequest.ProtoReflect.Descriptor instead.
+func (*BeginImportRequest) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{48}
+}
+
+func (x *BeginImportRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *BeginImportRequest) GetFrom() string {
+	if x != nil {
+		return x.From
+	}
+	return ""
+}
+
+func (x *BeginImportRequest) GetTo() string {
+	if x != nil {
+		return x.To
+	}
+	return ""
+}
+
+func (x *BeginImportRequest) GetSizeBytes() int64 {
+	if x != nil {
+		return x.SizeBytes
+	}
+	return 0
+}
+
+type BeginImportResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	ImportId      string                 `protobuf:"bytes,1,opt,name=import_id,json=importId,proto3" json:"import_id,omitempty"`
+	Export        string                 `protobuf:"bytes,2,opt,name=export,proto3" json:"export,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BeginImportResponse) Reset() {
+	*x = BeginImportResponse{}
+	mi := &file_atoll_proto_msgTypes[49]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BeginImportResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BeginImportResponse) ProtoMessage() {}
+
+func (x *BeginImportResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[49]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BeginImportResponse.ProtoReflect.Descriptor instead.
+func (*BeginImportResponse) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{49}
+}
+
+func (x *BeginImportResponse) GetImportId() string {
+	if x != nil {
+		return x.ImportId
+	}
+	return ""
+}
+
+func (x *BeginImportResponse) GetExport() string {
+	if x != nil {
+		return x.Export
+	}
+	return ""
+}
+
+type CommitImportRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	ImportId      string                 `protobuf:"bytes,1,opt,name=import_id,json=importId,proto3" json:"import_id,omitempty"`
+	To            string                 `protobuf:"bytes,2,opt,name=to,proto3" json:"to,omitempty"`
+	Protected     bool                   `protobuf:"varint,3,opt,name=protected,proto3" json:"protected,omitempty"`
+	Medium        string                 `protobuf:"bytes,4,opt,name=medium,proto3" json:"medium,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CommitImportRequest) Reset() {
+	*x = CommitImportRequest{}
+	mi := &file_atoll_proto_msgTypes[50]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CommitImportRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CommitImportRequest) ProtoMessage() {}
+
+func (x *CommitImportRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[50]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CommitImportRequest.ProtoReflect.Descriptor instead.
+func (*CommitImportRequest) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{50}
+}
+
+func (x *CommitImportRequest) GetImportId() string {
+	if x != nil {
+		return x.ImportId
+	}
+	return ""
+}
+
+func (x *CommitImportRequest) GetTo() string {
+	if x != nil {
+		return x.To
+	}
+	return ""
+}
+
+func (x *CommitImportRequest) GetProtected() bool {
+	if x != nil {
+		return x.Protected
+	}
+	return false
+}
+
+func (x *CommitImportRequest) GetMedium() string {
+	if x != nil {
+		return x.Medium
+	}
+	return ""
+}
+
+type AbortImportRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	ImportId      string                 `protobuf:"bytes,1,opt,name=import_id,json=importId,proto3" json:"import_id,omitempty"`
+	Medium        string                 `protobuf:"bytes,2,opt,name=medium,proto3" json:"medium,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AbortImportRequest) Reset() {
+	*x = AbortImportRequest{}
+	mi := &file_atoll_proto_msgTypes[51]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AbortImportRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AbortImportRequest) ProtoMessage() {}
+
+func (x *AbortImportRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[51]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AbortImportRequest.ProtoReflect.Descriptor instead.
+func (*AbortImportRequest) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{51}
+}
+
+func (x *AbortImportRequest) GetImportId() string {
+	if x != nil {
+		return x.ImportId
+	}
+	return ""
+}
+
+func (x *AbortImportRequest) GetMedium() string {
+	if x != nil {
+		return x.Medium
+	}
+	return ""
+}
+
+type AbortImportResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AbortImportResponse) Reset() {
+	*x = AbortImportResponse{}
+	mi := &file_atoll_proto_msgTypes[52]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AbortImportResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AbortImportResponse) ProtoMessage() {}
+
+func (x *AbortImportResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[52]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AbortImportResponse.ProtoReflect.Descriptor instead.
+func (*AbortImportResponse) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{52}
+}
+
+type KeepImportRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	ImportId      string                 `protobuf:"bytes,1,opt,name=import_id,json=importId,proto3" json:"import_id,omitempty"`
+	Medium        string                 `protobuf:"bytes,2,opt,name=medium,proto3" json:"medium,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *KeepImportRequest) Reset() {
+	*x = KeepImportRequest{}
+	mi := &file_atoll_proto_msgTypes[53]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *KeepImportRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*KeepImportRequest) ProtoMessage() {}
+
+func (x *KeepImportRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[53]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use KeepImportRequest.ProtoReflect.Descriptor instead.
+func (*KeepImportRequest) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{53}
+}
+
+func (x *KeepImportRequest) GetImportId() string {
+	if x != nil {
+		return x.ImportId
+	}
+	return ""
+}
+
+func (x *KeepImportRequest) GetMedium() string {
+	if x != nil {
+		return x.Medium
+	}
+	return ""
+}
+
+type KeepImportResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *KeepImportResponse) Reset() {
+	*x = KeepImportResponse{}
+	mi := &file_atoll_proto_msgTypes[54]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *KeepImportResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*KeepImportResponse) ProtoMessage() {}
+
+func (x *KeepImportResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[54]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use KeepImportResponse.ProtoReflect.Descriptor instead.
+func (*KeepImportResponse) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{54}
+}
+
+type Entry struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"` // without a leading slash; "" is the root
+	Id            string                 `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"`
+	ParentId      string                 `protobuf:"bytes,3,opt,name=parent_id,json=parentId,proto3" json:"parent_id,omitempty"`
+	Kind          string                 `protobuf:"bytes,4,opt,name=kind,proto3" json:"kind,omitempty"` // dir, volume, fs, db
+	Owner         string                 `protobuf:"bytes,5,opt,name=owner,proto3" json:"owner,omitempty"`
+	SizeBytes     int64                  `protobuf:"varint,6,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
+	Created       *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=created,proto3" json:"created,omitempty"`
+	InUse         bool                   `protobuf:"varint,8,opt,name=in_use,json=inUse,proto3" json:"in_use,omitempty"` // open by a client
+	Properties    map[string]string      `protobuf:"bytes,9,rep,name=properties,proto3" json:"properties,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Number        uint64                 `protobuf:"varint,10,opt,name=number,proto3" json:"number,omitempty"` // small decimal id, as Curve's clients want one
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Entry) Reset() {
+	*x = Entry{}
+	mi := &file_atoll_proto_msgTypes[55]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Entry) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Entry) ProtoMessage() {}
+
+func (x *Entry) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[55]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Entry.ProtoReflect.Descriptor instead.
+func (*Entry) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{55}
+}
+
+func (x *Entry) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *Entry) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *Entry) GetParentId() string {
+	if x != nil {
+		return x.ParentId
+	}
+	return ""
+}
+
+func (x *Entry) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *Entry) GetOwner() string {
+	if x != nil {
+		return x.Owner
+	}
+	return ""
+}
+
+func (x *Entry) GetSizeBytes() int64 {
+	if x != nil {
+		return x.SizeBytes
+	}
+	return 0
+}
+
+func (x *Entry) GetCreated() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Created
+	}
+	return nil
+}
+
+func (x *Entry) GetInUse() bool {
+	if x != nil {
+		return x.InUse
+	}
+	return false
+}
+
+func (x *Entry) GetProperties() map[string]string {
+	if x != nil {
+		return x.Properties
+	}
+	return nil
+}
+
+func (x *Entry) GetNumber() uint64 {
+	if x != nil {
+		return x.Number
+	}
+	return 0
+}
+
+type MakeDirectoryRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
+	Owner         string                 `protobuf:"bytes,2,opt,name=owner,proto3" json:"owner,omitempty"`
+	Parents       bool                   `protobuf:"varint,3,opt,name=parents,proto3" json:"parents,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MakeDirectoryRequest) Reset() {
+	*x = MakeDirectoryRequest{}
+	mi := &file_atoll_proto_msgTypes[56]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MakeDirectoryRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MakeDirectoryRequest) ProtoMessage() {}
+
+func (x *MakeDirectoryRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[56]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MakeDirectoryRequest.ProtoReflect.Descriptor instead.
+func (*MakeDirectoryRequest) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{56}
+}
+
+func (x *MakeDirectoryRequest) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *MakeDirectoryRequest) GetOwner() string {
+	if x != nil {
+		return x.Owner
+	}
+	return ""
+}
+
+func (x *MakeDirectoryRequest) GetParents() bool {
+	if x != nil {
+		return x.Parents
+	}
+	return false
+}
+
+type RemoveDirectoryRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveDirectoryRequest) Reset() {
+	*x = RemoveDirectoryRequest{}
+	mi := &file_atoll_proto_msgTypes[57]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveDirectoryRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveDirectoryRequest) ProtoMessage() {}
+
+func (x *RemoveDirectoryRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[57]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveDirectoryRequest.ProtoReflect.Descriptor instead.
+func (*RemoveDirectoryRequest) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{57}
+}
+
+func (x *RemoveDirectoryRequest) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+type RemoveDirectoryResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveDirectoryResponse) Reset() {
+	*x = RemoveDirectoryResponse{}
+	mi := &file_atoll_proto_msgTypes[58]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveDirectoryResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveDirectoryResponse) ProtoMessage() {}
+
+func (x *RemoveDirectoryResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[58]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveDirectoryResponse.ProtoReflect.Descriptor instead.
+func (*RemoveDirectoryResponse) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{58}
+}
+
+type ListDirectoryRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
+	After         string                 `protobuf:"bytes,2,opt,name=after,proto3" json:"after,omitempty"`
+	Limit         int32                  `protobuf:"varint,3,opt,name=limit,proto3" json:"limit,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListDirectoryRequest) Reset() {
+	*x = ListDirectoryRequest{}
+	mi := &file_atoll_proto_msgTypes[59]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListDirectoryRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListDirectoryRequest) ProtoMessage() {}
+
+func (x *ListDirectoryRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[59]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListDirectoryRequest.ProtoReflect.Descriptor instead.
+func (*ListDirectoryRequest) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{59}
+}
+
+func (x *ListDirectoryRequest) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *ListDirectoryRequest) GetAfter() string {
+	if x != nil {
+		return x.After
+	}
+	return ""
+}
+
+func (x *ListDirectoryRequest) GetLimit() int32 {
+	if x != nil {
+		return x.Limit
+	}
+	return 0
+}
+
+type ListDirectoryResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Entries       []*Entry               `protobuf:"bytes,1,rep,name=entries,proto3" json:"entries,omitempty"`
+	Next          string                 `protobuf:"bytes,2,opt,name=next,proto3" json:"next,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListDirectoryResponse) Reset() {
+	*x = ListDirectoryResponse{}
+	mi := &file_atoll_proto_msgTypes[60]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListDirectoryResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListDirectoryResponse) ProtoMessage() {}
+
+func (x *ListDirectoryResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[60]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListDirectoryResponse.ProtoReflect.Descriptor instead.
+func (*ListDirectoryResponse) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{60}
+}
+
+func (x *ListDirectoryResponse) GetEntries() []*Entry {
+	if x != nil {
+		return x.Entries
+	}
+	return nil
+}
+
+func (x *ListDirectoryResponse) GetNext() string {
+	if x != nil {
+		return x.Next
+	}
+	return ""
+}
+
+type GetEntryRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
+	Id            string                 `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetEntryRequest) Reset() {
+	*x = GetEntryRequest{}
+	mi := &file_atoll_proto_msgTypes[61]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetEntryRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetEntryRequest) ProtoMessage() {}
+
+func (x *GetEntryRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[61]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetEntryRequest.ProtoReflect.Descriptor instead.
+func (*GetEntryRequest) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{61}
+}
+
+func (x *GetEntryRequest) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *GetEntryRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+type RenameRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	From          string                 `protobuf:"bytes,1,opt,name=from,proto3" json:"from,omitempty"`
+	To            string                 `protobuf:"bytes,2,opt,name=to,proto3" json:"to,omitempty"`
+	Replace       bool                   `protobuf:"varint,3,opt,name=replace,proto3" json:"replace,omitempty"`
+	NoParents     bool                   `protobuf:"varint,4,opt,name=no_parents,json=noParents,proto3" json:"no_parents,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RenameRequest) Reset() {
+	*x = RenameRequest{}
+	mi := &file_atoll_proto_msgTypes[62]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RenameRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RenameRequest) ProtoMessage() {}
+
+func (x *RenameRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[62]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RenameRequest.ProtoReflect.Descriptor instead.
+func (*RenameRequest) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{62}
+}
+
+func (x *RenameRequest) GetFrom() string {
+	if x != nil {
+		return x.From
+	}
+	return ""
+}
+
+func (x *RenameRequest) GetTo() string {
+	if x != nil {
+		return x.To
+	}
+	return ""
+}
+
+func (x *RenameRequest) GetReplace() bool {
+	if x != nil {
+		return x.Replace
+	}
+	return false
+}
+
+func (x *RenameRequest) GetNoParents() bool {
+	if x != nil {
+		return x.NoParents
+	}
+	return false
+}
+
+type ChangeOwnerRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
+	Owner         string                 `protobuf:"bytes,2,opt,name=owner,proto3" json:"owner,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ChangeOwnerRequest) Reset() {
+	*x = ChangeOwnerRequest{}
+	mi := &file_atoll_proto_msgTypes[63]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ChangeOwnerRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ChangeOwnerRequest) ProtoMessage() {}
+
+func (x *ChangeOwnerRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[63]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ChangeOwnerRequest.ProtoReflect.Descriptor instead.
+func (*ChangeOwnerRequest) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{63}
+}
+
+func (x *ChangeOwnerRequest) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *ChangeOwnerRequest) GetOwner() string {
+	if x != nil {
+		return x.Owner
+	}
+	return ""
+}
+
+type SetPropertiesRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
+	Properties    map[string]string      `protobuf:"bytes,2,rep,name=properties,proto3" json:"properties,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetPropertiesRequest) Reset() {
+	*x = SetPropertiesRequest{}
+	mi := &file_atoll_proto_msgTypes[64]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetPropertiesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetPropertiesRequest) ProtoMessage() {}
+
+func (x *SetPropertiesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[64]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetPropertiesRequest.ProtoReflect.Descriptor instead.
+func (*SetPropertiesRequest) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{64}
+}
+
+func (x *SetPropertiesRequest) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *SetPropertiesRequest) GetProperties() map[string]string {
+	if x != nil {
+		return x.Properties
+	}
+	return nil
+}
+
+// Limits of a volume; 0 = none. Rates are a second.
+type Limits struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Iops          *Limit                 `protobuf:"bytes,1,opt,name=iops,proto3" json:"iops,omitempty"`
+	ReadIops      *Limit                 `protobuf:"bytes,2,opt,name=read_iops,json=readIops,proto3" json:"read_iops,omitempty"`
+	WriteIops     *Limit                 `protobuf:"bytes,3,opt,name=write_iops,json=writeIops,proto3" json:"write_iops,omitempty"`
+	Bytes         *Limit                 `protobuf:"bytes,4,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	ReadBytes     *Limit                 `protobuf:"bytes,5,opt,name=read_bytes,json=readBytes,proto3" json:"read_bytes,omitempty"`
+	WriteBytes    *Limit                 `protobuf:"bytes,6,opt,name=write_bytes,json=writeBytes,proto3" json:"write_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Limits) Reset() {
+	*x = Limits{}
+	mi := &file_atoll_proto_msgTypes[65]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Limits) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Limits) ProtoMessage() {}
+
+func (x *Limits) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[65]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Limits.ProtoReflect.Descriptor instead.
+func (*Limits) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{65}
+}
+
+func (x *Limits) GetIops() *Limit {
+	if x != nil {
+		return x.Iops
+	}
+	return nil
+}
+
+func (x *Limits) GetReadIops() *Limit {
+	if x != nil {
+		return x.ReadIops
+	}
+	return nil
+}
+
+func (x *Limits) GetWriteIops() *Limit {
+	if x != nil {
+		return x.WriteIops
+	}
+	return nil
+}
+
+func (x *Limits) GetBytes() *Limit {
+	if x != nil {
+		return x.Bytes
+	}
+	return nil
+}
+
+func (x *Limits) GetReadBytes() *Limit {
+	if x != nil {
+		return x.ReadBytes
+	}
+	return nil
+}
+
+func (x *Limits) GetWriteBytes() *Limit {
+	if x != nil {
+		return x.WriteBytes
+	}
+	return nil
+}
+
+type Limit struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Rate          int64                  `protobuf:"varint,1,opt,name=rate,proto3" json:"rate,omitempty"`
+	Burst         int64                  `protobuf:"varint,2,opt,name=burst,proto3" json:"burst,omitempty"`
+	BurstSeconds  int64                  `protobuf:"varint,3,opt,name=burst_seconds,json=burstSeconds,proto3" json:"burst_seconds,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Limit) Reset() {
+	*x = Limit{}
+	mi := &file_atoll_proto_msgTypes[66]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Limit) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Limit) ProtoMessage() {}
+
+func (x *Limit) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[66]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Limit.ProtoReflect.Descriptor instead.
+func (*Limit) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{66}
+}
+
+func (x *Limit) GetRate() int64 {
+	if x != nil {
+		return x.Rate
+	}
+	return 0
+}
+
+func (x *Limit) GetBurst() int64 {
+	if x != nil {
+		return x.Burst
+	}
+	return 0
+}
+
+func (x *Limit) GetBurstSeconds() int64 {
+	if x != nil {
+		return x.BurstSeconds
+	}
+	return 0
+}
+
+type SetLimitsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Limits        *Limits                `protobuf:"bytes,2,opt,name=limits,proto3" json:"limits,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetLimitsRequest) Reset() {
+	*x = SetLimitsRequest{}
+	mi := &file_atoll_proto_msgTypes[67]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetLimitsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetLimitsRequest) ProtoMessage() {}
+
+func (x *SetLimitsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[67]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetLimitsRequest.ProtoReflect.Descriptor instead.
+func (*SetLimitsRequest) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{67}
+}
+
+func (x *SetLimitsRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *SetLimitsRequest) GetLimits() *Limits {
+	if x != nil {
+		return x.Limits
+	}
+	return nil
+}
+
+type TrashEntry struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`     // of the medium
+	Path          string                 `protobuf:"bytes,2,opt,name=path,proto3" json:"path,omitempty"` // where it was
+	Owner         string                 `protobuf:"bytes,3,opt,name=owner,proto3" json:"owner,omitempty"`
+	SizeBytes     int64                  `protobuf:"varint,4,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
+	Removed       *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=removed,proto3" json:"removed,omitempty"`
+	Expires       *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=expires,proto3" json:"expires,omitempty"`
+	Created       *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=created,proto3" json:"created,omitempty"`
+	Number        uint64                 `protobuf:"varint,8,opt,name=number,proto3" json:"number,omitempty"`
+	Kind          string                 `protobuf:"bytes,9,opt,name=kind,proto3" json:"kind,omitempty"`
+	Source        string                 `protobuf:"bytes,10,opt,name=source,proto3" json:"source,omitempty"` // user, curve, schedule
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TrashEntry) Reset() {
+	*x = TrashEntry{}
+	mi := &file_atoll_proto_msgTypes[68]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TrashEntry) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TrashEntry) ProtoMessage() {}
+
+func (x *TrashEntry) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[68]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TrashEntry.ProtoReflect.Descriptor instead.
+func (*TrashEntry) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{68}
+}
+
+func (x *TrashEntry) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *TrashEntry) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *TrashEntry) GetOwner() string {
+	if x != nil {
+		return x.Owner
+	}
+	return ""
+}
+
+func (x *TrashEntry) GetSizeBytes() int64 {
+	if x != nil {
+		return x.SizeBytes
+	}
+	return 0
+}
+
+func (x *TrashEntry) GetRemoved() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Removed
+	}
+	return nil
+}
+
+func (x *TrashEntry) GetExpires() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Expires
+	}
+	return nil
+}
+
+func (x *TrashEntry) GetCreated() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Created
+	}
+	return nil
+}
+
+func (x *TrashEntry) GetNumber() uint64 {
+	if x != nil {
+		return x.Number
+	}
+	return 0
+}
+
+func (x *TrashEntry) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *TrashEntry) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
+}
+
+type MoveToTrashRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Expires       *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=expires,proto3" json:"expires,omitempty"`
+	Source        string                 `protobuf:"bytes,3,opt,name=source,proto3" json:"source,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MoveToTrashRequest) Reset() {
+	*x = MoveToTrashRequest{}
+	mi := &file_atoll_proto_msgTypes[69]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MoveToTrashRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MoveToTrashRequest) ProtoMessage() {}
+
+func (x *MoveToTrashRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[69]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MoveToTrashRequest.ProtoReflect.Descriptor instead.
+func (*MoveToTrashRequest) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{69}
+}
+
+func (x *MoveToTrashRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *MoveToTrashRequest) GetExpires() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Expires
+	}
+	return nil
+}
+
+func (x *MoveToTrashRequest) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
+}
+
+type ListTrashRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	After         string                 `protobuf:"bytes,1,opt,name=after,proto3" json:"after,omitempty"`
+	Limit         int32                  `protobuf:"varint,2,opt,name=limit,proto3" json:"limit,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListTrashRequest) Reset() {
+	*x = ListTrashRequest{}
+	mi := &file_atoll_proto_msgTypes[70]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListTrashRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListTrashRequest) ProtoMessage() {}
+
+func (x *ListTrashRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[70]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListTrashRequest.ProtoReflect.Descriptor instead.
+func (*ListTrashRequest) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{70}
+}
+
+func (x *ListTrashRequest) GetAfter() string {
+	if x != nil {
+		return x.After
+	}
+	return ""
+}
+
+func (x *ListTrashRequest) GetLimit() int32 {
+	if x != nil {
+		return x.Limit
+	}
+	return 0
+}
+
+type ListTrashResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Entries       []*TrashEntry          `protobuf:"bytes,1,rep,name=entries,proto3" json:"entries,omitempty"`
+	Next          string                 `protobuf:"bytes,2,opt,name=next,proto3" json:"next,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListTrashResponse) Reset() {
+	*x = ListTrashResponse{}
+	mi := &file_atoll_proto_msgTypes[71]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListTrashResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListTrashResponse) ProtoMessage() {}
+
+func (x *ListTrashResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[71]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListTrashResponse.ProtoReflect.Descriptor instead.
+func (*ListTrashResponse) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{71}
+}
+
+func (x *ListTrashResponse) GetEntries() []*TrashEntry {
+	if x != nil {
+		return x.Entries
+	}
+	return nil
+}
+
+func (x *ListTrashResponse) GetNext() string {
+	if x != nil {
+		return x.Next
+	}
+	return ""
+}
+
+type RestoreTrashRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Path          string                 `protobuf:"bytes,2,opt,name=path,proto3" json:"path,omitempty"`
+	NewPath       string                 `protobuf:"bytes,3,opt,name=new_path,json=newPath,proto3" json:"new_path,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RestoreTrashRequest) Reset() {
+	*x = RestoreTrashRequest{}
+	mi := &file_atoll_proto_msgTypes[72]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RestoreTrashRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RestoreTrashRequest) ProtoMessage() {}
+
+func (x *RestoreTrashRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[72]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RestoreTrashRequest.ProtoReflect.Descriptor instead.
+func (*RestoreTrashRequest) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{72}
+}
+
+func (x *RestoreTrashRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *RestoreTrashRequest) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *RestoreTrashRequest) GetNewPath() string {
+	if x != nil {
+		return x.NewPath
+	}
+	return ""
+}
+
+type PurgeTrashRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	ExpiredBefore *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=expired_before,json=expiredBefore,proto3" json:"expired_before,omitempty"`
+	All           bool                   `protobuf:"varint,3,opt,name=all,proto3" json:"all,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PurgeTrashRequest) Reset() {
+	*x = PurgeTrashRequest{}
+	mi := &file_atoll_proto_msgTypes[73]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PurgeTrashRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PurgeTrashRequest) ProtoMessage() {}
+
+func (x *PurgeTrashRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[73]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PurgeTrashRequest.ProtoReflect.Descriptor instead.
+func (*PurgeTrashRequest) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{73}
+}
+
+func (x *PurgeTrashRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *PurgeTrashRequest) GetExpiredBefore() *timestamppb.Timestamp {
+	if x != nil {
+		return x.ExpiredBefore
+	}
+	return nil
+}
+
+func (x *PurgeTrashRequest) GetAll() bool {
+	if x != nil {
+		return x.All
+	}
+	return false
+}
+
+type PurgeTrashResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Removed       int32                  `protobuf:"varint,1,opt,name=removed,proto3" json:"removed,omitempty"`
+	Bytes         int64                  `protobuf:"varint,2,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PurgeTrashResponse) Reset() {
+	*x = PurgeTrashResponse{}
+	mi := &file_atoll_proto_msgTypes[74]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PurgeTrashResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PurgeTrashResponse) ProtoMessage() {}
+
+func (x *PurgeTrashResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[74]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PurgeTrashResponse.ProtoReflect.Descriptor instead.
+func (*PurgeTrashResponse) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{74}
+}
+
+func (x *PurgeTrashResponse) GetRemoved() int32 {
+	if x != nil {
+		return x.Removed
+	}
+	return 0
+}
+
+func (x *PurgeTrashResponse) GetBytes() int64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+type User struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	HasPassword   bool                   `protobuf:"varint,2,opt,name=has_password,json=hasPassword,proto3" json:"has_password,omitempty"`
+	Strict        bool                   `protobuf:"varint,3,opt,name=strict,proto3" json:"strict,omitempty"` // every call under this name must prove the password
+	Admin         bool                   `protobuf:"varint,4,opt,name=admin,proto3" json:"admin,omitempty"`
+	Created       *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=created,proto3" json:"created,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *User) Reset() {
+	*x = User{}
+	mi := &file_atoll_proto_msgTypes[75]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *User) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*User) ProtoMessage() {}
+
+func (x *User) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[75]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use User.ProtoReflect.Descriptor instead.
+func (*User) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{75}
+}
+
+func (x *User) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *User) GetHasPassword() bool {
+	if x != nil {
+		return x.HasPassword
+	}
+	return false
+}
+
+func (x *User) GetStrict() bool {
+	if x != nil {
+		return x.Strict
+	}
+	return false
+}
+
+func (x *User) GetAdmin() bool {
+	if x != nil {
+		return x.Admin
+	}
+	return false
+}
+
+func (x *User) GetCreated() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Created
+	}
+	return nil
+}
+
+type CreateUserRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Password      string                 `protobuf:"bytes,2,opt,name=password,proto3" json:"password,omitempty"`
+	Strict        bool                   `protobuf:"varint,3,opt,name=strict,proto3" json:"strict,omitempty"`
+	Admin         bool                   `protobuf:"varint,4,opt,name=admin,proto3" json:"admin,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CreateUserRequest) Reset() {
+	*x = CreateUserRequest{}
+	mi := &file_atoll_proto_msgTypes[76]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CreateUserRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CreateUserRequest) ProtoMessage() {}
+
+func (x *CreateUserRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[76]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CreateUserRequest.ProtoReflect.Descriptor instead.
+func (*CreateUserRequest) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{76}
+}
+
+func (x *CreateUserRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *CreateUserRequest) GetPassword() string {
+	if x != nil {
+		return x.Password
+	}
+	return ""
+}
+
+func (x *CreateUserRequest) GetStrict() bool {
+	if x != nil {
+		return x.Strict
+	}
+	return false
+}
+
+func (x *CreateUserRequest) GetAdmin() bool {
+	if x != nil {
+		return x.Admin
+	}
+	return false
+}
+
+type ListUsersRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListUsersRequest) Reset() {
+	*x = ListUsersRequest{}
+	mi := &file_atoll_proto_msgTypes[77]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListUsersRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListUsersRequest) ProtoMessage() {}
+
+func (x *ListUsersRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[77]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListUsersRequest.ProtoReflect.Descriptor instead.
+func (*ListUsersRequest) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{77}
+}
+
+type ListUsersResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Users         []*User                `protobuf:"bytes,1,rep,name=users,proto3" json:"users,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListUsersResponse) Reset() {
+	*x = ListUsersResponse{}
+	mi := &file_atoll_proto_msgTypes[78]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListUsersResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListUsersResponse) ProtoMessage() {}
+
+func (x *ListUsersResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[78]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListUsersResponse.ProtoReflect.Descriptor instead.
+func (*ListUsersResponse) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{78}
+}
+
+func (x *ListUsersResponse) GetUsers() []*User {
+	if x != nil {
+		return x.Users
+	}
+	return nil
+}
+
+type UpdateUserRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Password      *string                `protobuf:"bytes,2,opt,name=password,proto3,oneof" json:"password,omitempty"`
+	Strict        *bool                  `protobuf:"varint,3,opt,name=strict,proto3,oneof" json:"strict,omitempty"`
+	Admin         *bool                  `protobuf:"varint,4,opt,name=admin,proto3,oneof" json:"admin,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UpdateUserRequest) Reset() {
+	*x = UpdateUserRequest{}
+	mi := &file_atoll_proto_msgTypes[79]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UpdateUserRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UpdateUserRequest) ProtoMessage() {}
+
+func (x *UpdateUserRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[79]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UpdateUserRequest.ProtoReflect.Descriptor instead.
+func (*UpdateUserRequest) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{79}
+}
+
+func (x *UpdateUserRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *UpdateUserRequest) GetPassword() string {
+	if x != nil && x.Password != nil {
+		return *x.Password
+	}
+	return ""
+}
+
+func (x *UpdateUserRequest) GetStrict() bool {
+	if x != nil && x.Strict != nil {
+		return *x.Strict
+	}
+	return false
+}
+
+func (x *UpdateUserRequest) GetAdmin() bool {
+	if x != nil && x.Admin != nil {
+		return *x.Admin
+	}
+	return false
+}
+
+type DeleteUserRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteUserRequest) Reset() {
+	*x = DeleteUserRequest{}
+	mi := &file_atoll_proto_msgTypes[80]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteUserRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteUserRequest) ProtoMessage() {}
+
+func (x *DeleteUserRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[80]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteUserRequest.ProtoReflect.Descriptor instead.
+func (*DeleteUserRequest) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{80}
+}
+
+func (x *DeleteUserRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+type DeleteUserResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteUserResponse) Reset() {
+	*x = DeleteUserResponse{}
+	mi := &file_atoll_proto_msgTypes[81]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteUserResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteUserResponse) ProtoMessage() {}
+
+func (x *DeleteUserResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[81]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteUserResponse.ProtoReflect.Descriptor instead.
+func (*DeleteUserResponse) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{81}
+}
+
+type Task struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	What          string                 `protobuf:"bytes,2,opt,name=what,proto3" json:"what,omitempty"` // for people: "flatten disk1"
+	Kind          string                 `protobuf:"bytes,3,opt,name=kind,proto3" json:"kind,omitempty"` // flatten, reap, import…
+	Medium        string                 `protobuf:"bytes,4,opt,name=medium,proto3" json:"medium,omitempty"`
+	Done          int64                  `protobuf:"varint,5,opt,name=done,proto3" json:"done,omitempty"`
+	Total         int64                  `protobuf:"varint,6,opt,name=total,proto3" json:"total,omitempty"`
+	Unit          string                 `protobuf:"bytes,7,opt,name=unit,proto3" json:"unit,omitempty"`   // bytes, segments
+	State         string                 `protobuf:"bytes,8,opt,name=state,proto3" json:"state,omitempty"` // running, done, failed, cancelled
+	Error         string                 `protobuf:"bytes,9,opt,name=error,proto3" json:"error,omitempty"`
+	Started       *timestamppb.Timestamp `protobuf:"bytes,10,opt,name=started,proto3" json:"started,omitempty"`
+	Ended         *timestamppb.Timestamp `protobuf:"bytes,11,opt,name=ended,proto3" json:"ended,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Task) Reset() {
+	*x = Task{}
+	mi := &file_atoll_proto_msgTypes[82]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Task) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Task) ProtoMessage() {}
+
+func (x *Task) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[82]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Task.ProtoReflect.Descriptor instead.
+func (*Task) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{82}
+}
+
+func (x *Task) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *Task) GetWhat() string {
+	if x != nil {
+		return x.What
+	}
+	return ""
+}
+
+func (x *Task) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *Task) GetMedium() string {
+	if x != nil {
+		return x.Medium
+	}
+	return ""
+}
+
+func (x *Task) GetDone() int64 {
+	if x != nil {
+		return x.Done
+	}
+	return 0
+}
+
+func (x *Task) GetTotal() int64 {
+	if x != nil {
+		return x.Total
+	}
+	return 0
+}
+
+func (x *Task) GetUnit() string {
+	if x != nil {
+		return x.Unit
+	}
+	return ""
+}
+
+func (x *Task) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *Task) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
+func (x *Task) GetStarted() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Started
+	}
+	return nil
+}
+
+func (x *Task) GetEnded() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Ended
+	}
+	return nil
+}
+
+type ListTasksRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	All           bool                   `protobuf:"varint,1,opt,name=all,proto3" json:"all,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListTasksRequest) Reset() {
+	*x = ListTasksRequest{}
+	mi := &file_atoll_proto_msgTypes[83]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListTasksRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListTasksRequest) ProtoMessage() {}
+
+func (x *ListTasksRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[83]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListTasksRequest.ProtoReflect.Descriptor instead.
+func (*ListTasksRequest) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{83}
+}
+
+func (x *ListTasksRequest) GetAll() bool {
+	if x != nil {
+		return x.All
+	}
+	return false
+}
+
+type ListTasksResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Tasks         []*Task                `protobuf:"bytes,1,rep,name=tasks,proto3" json:"tasks,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListTasksResponse) Reset() {
+	*x = ListTasksResponse{}
+	mi := &file_atoll_proto_msgTypes[84]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListTasksResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListTasksResponse) ProtoMessage() {}
+
+func (x *ListTasksResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[84]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListTasksResponse.ProtoReflect.Descriptor instead.
+func (*ListTasksResponse) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{84}
+}
+
+func (x *ListTasksResponse) GetTasks() []*Task {
+	if x != nil {
+		return x.Tasks
+	}
+	return nil
+}
+
+type GetTaskRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetTaskRequest) Reset() {
+	*x = GetTaskRequest{}
+	mi := &file_atoll_proto_msgTypes[85]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetTaskRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetTaskRequest) ProtoMessage() {}
+
+func (x *GetTaskRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[85]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetTaskRequest.ProtoReflect.Descriptor instead.
+func (*GetTaskRequest) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{85}
+}
+
+func (x *GetTaskRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+type CancelTaskRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CancelTaskRequest) Reset() {
+	*x = CancelTaskRequest{}
+	mi := &file_atoll_proto_msgTypes[86]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CancelTaskRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CancelTaskRequest) ProtoMessage() {}
+
+func (x *CancelTaskRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[86]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CancelTaskRequest.ProtoReflect.Descriptor instead.
+func (*CancelTaskRequest) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{86}
+}
+
+func (x *CancelTaskRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
 type InjectRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Node          uint32                 `protobuf:"varint,1,opt,name=node,proto3" json:"node,omitempty"`
@@ -1896,7 +5625,7 @@ type InjectRequest struct {
 
 func (x *InjectRequest) Reset() {
 	*x = InjectRequest{}
-	mi := &file_atoll_proto_msgTypes[27]
+	mi := &file_atoll_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1908,7 +5637,7 @@ func (x *InjectRequest) String() string {
 func (*InjectRequest) ProtoMessage() {}
 
 func (x *InjectRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[27]
+	mi := &file_atoll_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1921,7 +5650,7 @@ func (x *InjectRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InjectRequest.ProtoReflect.Descriptor instead.
 func (*InjectRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{27}
+	return file_atoll_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *InjectRequest) GetNode() uint32 {
@@ -1954,7 +5683,7 @@ type InjectResponse struct {
 
 func (x *InjectResponse) Reset() {
 	*x = InjectResponse{}
-	mi := &file_atoll_proto_msgTypes[28]
+	mi := &file_atoll_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1966,7 +5695,7 @@ func (x *InjectResponse) String() string {
 func (*InjectResponse) ProtoMessage() {}
 
 func (x *InjectResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[28]
+	mi := &file_atoll_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1979,7 +5708,7 @@ func (x *InjectResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InjectResponse.ProtoReflect.Descriptor instead.
 func (*InjectResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{28}
+	return file_atoll_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *InjectResponse) GetMessage() string {
@@ -1997,7 +5726,7 @@ type AddNodeRequest struct {
 
 func (x *AddNodeRequest) Reset() {
 	*x = AddNodeRequest{}
-	mi := &file_atoll_proto_msgTypes[29]
+	mi := &file_atoll_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2009,7 +5738,7 @@ func (x *AddNodeRequest) String() string {
 func (*AddNodeRequest) ProtoMessage() {}
 
 func (x *AddNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[29]
+	mi := &file_atoll_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2022,7 +5751,7 @@ func (x *AddNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddNodeRequest.ProtoReflect.Descriptor instead.
 func (*AddNodeRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{29}
+	return file_atoll_proto_rawDescGZIP(), []int{89}
 }
 
 type AddNodeResponse struct {
@@ -2035,7 +5764,7 @@ type AddNodeResponse struct {
 
 func (x *AddNodeResponse) Reset() {
 	*x = AddNodeResponse{}
-	mi := &file_atoll_proto_msgTypes[30]
+	mi := &file_atoll_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2047,7 +5776,7 @@ func (x *AddNodeResponse) String() string {
 func (*AddNodeResponse) ProtoMessage() {}
 
 func (x *AddNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[30]
+	mi := &file_atoll_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2060,7 +5789,7 @@ func (x *AddNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddNodeResponse.ProtoReflect.Descriptor instead.
 func (*AddNodeResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{30}
+	return file_atoll_proto_rawDescGZIP(), []int{90}
 }
 
 func (x *AddNodeResponse) GetNode() uint32 {
@@ -2173,7 +5902,7 @@ const file_atoll_proto_rawDesc = "" +
 	"cluster_id\x18\x03 \x01(\tR\tclusterId\x12\x1b\n" +
 	"\tmember_id\x18\x04 \x01(\tR\bmemberId\x12\x18\n" +
 	"\amembers\x18\x05 \x03(\tR\amembers\x12'\n" +
-	"\x0finitial_cluster\x18\x06 \x01(\tR\x0einitialCluster\"\x8a\x04\n" +
+	"\x0finitial_cluster\x18\x06 \x01(\tR\x0einitialCluster\"\x96\a\n" +
 	"\x06Volume\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1d\n" +
@@ -2195,14 +5924,38 @@ const file_atoll_proto_rawDesc = "" +
 	"\vconnections\x18\x0f \x01(\x05R\vconnections\x12\x14\n" +
 	"\x05epoch\x18\x10 \x01(\x04R\x05epoch\x12%\n" +
 	"\x0eshort_segments\x18\x11 \x01(\x05R\rshortSegments\x12 \n" +
-	"\vdescription\x18\x12 \x01(\tR\vdescription\"\x9c\x01\n" +
+	"\vdescription\x18\x12 \x01(\tR\vdescription\x12\x1a\n" +
+	"\bversions\x18\x13 \x01(\x05R\bversions\x12\x12\n" +
+	"\x04last\x18\x14 \x01(\x04R\x04last\x12\x18\n" +
+	"\arelease\x18\x15 \x01(\x04R\arelease\x12\x16\n" +
+	"\x06parent\x18\x16 \x01(\tR\x06parent\x12@\n" +
+	"\n" +
+	"properties\x18\x17 \x03(\v2 .atoll.v1.Volume.PropertiesEntryR\n" +
+	"properties\x12(\n" +
+	"\x06limits\x18\x18 \x01(\v2\x10.atoll.v1.LimitsR\x06limits\x12\x1a\n" +
+	"\bschedule\x18\x19 \x01(\tR\bschedule\x12+\n" +
+	"\x11reclaimable_bytes\x18\x1a \x01(\x03R\x10reclaimableBytes\x124\n" +
+	"\aexpires\x18\x1b \x01(\v2\x1a.google.protobuf.TimestampR\aexpires\x1a=\n" +
+	"\x0fPropertiesEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x89\x03\n" +
 	"\x13CreateVolumeRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1d\n" +
 	"\n" +
 	"size_bytes\x18\x02 \x01(\x03R\tsizeBytes\x12\x1a\n" +
 	"\breplicas\x18\x03 \x01(\x05R\breplicas\x12\x14\n" +
 	"\x05cache\x18\x04 \x01(\tR\x05cache\x12 \n" +
-	"\vdescription\x18\x05 \x01(\tR\vdescription\"@\n" +
+	"\vdescription\x18\x05 \x01(\tR\vdescription\x12\x14\n" +
+	"\x05owner\x18\x06 \x01(\tR\x05owner\x12\x1d\n" +
+	"\n" +
+	"no_parents\x18\a \x01(\bR\tnoParents\x12M\n" +
+	"\n" +
+	"properties\x18\b \x03(\v2-.atoll.v1.CreateVolumeRequest.PropertiesEntryR\n" +
+	"properties\x12(\n" +
+	"\x06limits\x18\t \x01(\v2\x10.atoll.v1.LimitsR\x06limits\x1a=\n" +
+	"\x0fPropertiesEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"@\n" +
 	"\x12ListVolumesRequest\x12\x14\n" +
 	"\x05after\x18\x01 \x01(\tR\x05after\x12\x14\n" +
 	"\x05limit\x18\x02 \x01(\x05R\x05limit\"U\n" +
@@ -2216,12 +5969,15 @@ const file_atoll_proto_rawDesc = "" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1d\n" +
 	"\n" +
 	"size_bytes\x18\x02 \x01(\x03R\tsizeBytes\x12\x16\n" +
-	"\x06shrink\x18\x03 \x01(\bR\x06shrink\"B\n" +
+	"\x06shrink\x18\x03 \x01(\bR\x06shrink\"T\n" +
 	"\x13DeleteVolumeRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x17\n" +
-	"\adry_run\x18\x02 \x01(\bR\x06dryRun\",\n" +
+	"\adry_run\x18\x02 \x01(\bR\x06dryRun\x12\x10\n" +
+	"\x03now\x18\x03 \x01(\bR\x03now\"}\n" +
 	"\x14DeleteVolumeResponse\x12\x14\n" +
-	"\x05bytes\x18\x01 \x01(\x03R\x05bytes\"C\n" +
+	"\x05bytes\x18\x01 \x01(\x03R\x05bytes\x12\x19\n" +
+	"\btrash_id\x18\x02 \x01(\tR\atrashId\x124\n" +
+	"\aexpires\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\aexpires\"C\n" +
 	"\x12CheckVolumeRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x19\n" +
 	"\bread_all\x18\x02 \x01(\bR\areadAll\"\xf7\x01\n" +
@@ -2233,7 +5989,296 @@ const file_atoll_proto_rawDesc = "" +
 	"\rdamaged_bytes\x18\x04 \x01(\x03R\fdamagedBytes\x12%\n" +
 	"\x0erepaired_bytes\x18\x05 \x01(\x03R\rrepairedBytes\x12\x1a\n" +
 	"\bproblems\x18\x06 \x03(\tR\bproblems\x12\x1c\n" +
-	"\tunchecked\x18\a \x03(\tR\tunchecked\"j\n" +
+	"\tunchecked\x18\a \x03(\tR\tunchecked\"\xc3\x04\n" +
+	"\aVersion\x12\x16\n" +
+	"\x06number\x18\x01 \x01(\x04R\x06number\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12\x12\n" +
+	"\x04memo\x18\x03 \x01(\tR\x04memo\x12.\n" +
+	"\x04time\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x16\n" +
+	"\x06parent\x18\x05 \x01(\x04R\x06parent\x12\x1d\n" +
+	"\n" +
+	"size_bytes\x18\x06 \x01(\x03R\tsizeBytes\x12\x1d\n" +
+	"\n" +
+	"used_bytes\x18\a \x01(\x03R\tusedBytes\x12!\n" +
+	"\funique_bytes\x18\b \x01(\x03R\vuniqueBytes\x12\x12\n" +
+	"\x04last\x18\t \x01(\bR\x04last\x12\x18\n" +
+	"\arelease\x18\n" +
+	" \x01(\bR\arelease\x12\x1c\n" +
+	"\tprotected\x18\v \x01(\bR\tprotected\x12\x1a\n" +
+	"\bdeleting\x18\f \x01(\bR\bdeleting\x12\x1a\n" +
+	"\bchildren\x18\r \x03(\tR\bchildren\x12\x14\n" +
+	"\x05group\x18\x0e \x01(\tR\x05group\x12A\n" +
+	"\n" +
+	"properties\x18\x0f \x03(\v2!.atoll.v1.Version.PropertiesEntryR\n" +
+	"properties\x12\x16\n" +
+	"\x06medium\x18\x10 \x01(\tR\x06medium\x12\x1b\n" +
+	"\tmedium_id\x18\x11 \x01(\tR\bmediumId\x1a=\n" +
+	"\x0fPropertiesEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x81\x02\n" +
+	"\x14CreateVersionRequest\x12\x14\n" +
+	"\x05media\x18\x01 \x03(\tR\x05media\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12\x12\n" +
+	"\x04memo\x18\x03 \x01(\tR\x04memo\x12\x1c\n" +
+	"\tprotected\x18\x04 \x01(\bR\tprotected\x12N\n" +
+	"\n" +
+	"properties\x18\x05 \x03(\v2..atoll.v1.CreateVersionRequest.PropertiesEntryR\n" +
+	"properties\x1a=\n" +
+	"\x0fPropertiesEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"F\n" +
+	"\x15CreateVersionResponse\x12-\n" +
+	"\bversions\x18\x01 \x03(\v2\x11.atoll.v1.VersionR\bversions\"Q\n" +
+	"\x13ListVersionsRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
+	"\x05exact\x18\x02 \x01(\bR\x05exact\x12\x10\n" +
+	"\x03all\x18\x03 \x01(\bR\x03all\"\x92\x01\n" +
+	"\x14ListVersionsResponse\x12-\n" +
+	"\bversions\x18\x01 \x03(\v2\x11.atoll.v1.VersionR\bversions\x12\x1d\n" +
+	"\n" +
+	"cur_parent\x18\x02 \x01(\x04R\tcurParent\x12\x12\n" +
+	"\x04last\x18\x03 \x01(\x04R\x04last\x12\x18\n" +
+	"\arelease\x18\x04 \x01(\x04R\arelease\"\xaa\x01\n" +
+	"\x14UpdateVersionRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1e\n" +
+	"\bnew_name\x18\x02 \x01(\tH\x00R\anewName\x88\x01\x01\x12\x17\n" +
+	"\x04memo\x18\x03 \x01(\tH\x01R\x04memo\x88\x01\x01\x12!\n" +
+	"\tprotected\x18\x04 \x01(\bH\x02R\tprotected\x88\x01\x01B\v\n" +
+	"\t_new_nameB\a\n" +
+	"\x05_memoB\f\n" +
+	"\n" +
+	"_protected\"U\n" +
+	"\x14DeleteVersionRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x10\n" +
+	"\x03all\x18\x02 \x01(\bR\x03all\x12\x17\n" +
+	"\adry_run\x18\x03 \x01(\bR\x06dryRun\"I\n" +
+	"\x15DeleteVersionResponse\x12\x14\n" +
+	"\x05bytes\x18\x01 \x01(\x03R\x05bytes\x12\x1a\n" +
+	"\bversions\x18\x02 \x01(\x05R\bversions\"+\n" +
+	"\x15ReleaseVersionRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"C\n" +
+	"\x15RestoreVersionRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
+	"\x06backup\x18\x02 \x01(\bR\x06backup\"n\n" +
+	"\x16RestoreVersionResponse\x12+\n" +
+	"\aversion\x18\x01 \x01(\v2\x11.atoll.v1.VersionR\aversion\x12'\n" +
+	"\x05saved\x18\x02 \x01(\v2\x11.atoll.v1.VersionR\x05saved\"\x9a\x02\n" +
+	"\x13CloneVersionRequest\x12\x16\n" +
+	"\x06source\x18\x01 \x01(\tR\x06source\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12\x14\n" +
+	"\x05owner\x18\x03 \x01(\tR\x05owner\x12\x14\n" +
+	"\x05cache\x18\x04 \x01(\tR\x05cache\x12M\n" +
+	"\n" +
+	"properties\x18\x05 \x03(\v2-.atoll.v1.CloneVersionRequest.PropertiesEntryR\n" +
+	"properties\x12\x1d\n" +
+	"\n" +
+	"no_parents\x18\x06 \x01(\bR\tnoParents\x1a=\n" +
+	"\x0fPropertiesEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"$\n" +
+	"\x0eFlattenRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"K\n" +
+	"\x13ListChildrenRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12 \n" +
+	"\vdescendants\x18\x02 \x01(\bR\vdescendants\"C\n" +
+	"\x14ListChildrenResponse\x12+\n" +
+	"\bchildren\x18\x01 \x03(\v2\x0f.atoll.v1.ChildR\bchildren\"w\n" +
+	"\x05Child\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x0e\n" +
+	"\x02id\x18\x02 \x01(\tR\x02id\x12\x18\n" +
+	"\aversion\x18\x03 \x01(\x04R\aversion\x12\x16\n" +
+	"\x06parent\x18\x04 \x01(\tR\x06parent\x12\x18\n" +
+	"\atrashed\x18\x05 \x01(\bR\atrashed\"e\n" +
+	"\vDiffRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
+	"\x04from\x18\x02 \x01(\tR\x04from\x12\x16\n" +
+	"\x06offset\x18\x03 \x01(\x03R\x06offset\x12\x16\n" +
+	"\x06length\x18\x04 \x01(\x03R\x06length\"Y\n" +
+	"\fDiffResponse\x12*\n" +
+	"\aextents\x18\x01 \x03(\v2\x10.atoll.v1.ExtentR\aextents\x12\x1d\n" +
+	"\n" +
+	"size_bytes\x18\x02 \x01(\x03R\tsizeBytes\"L\n" +
+	"\x06Extent\x12\x16\n" +
+	"\x06offset\x18\x01 \x01(\x03R\x06offset\x12\x16\n" +
+	"\x06length\x18\x02 \x01(\x03R\x06length\x12\x12\n" +
+	"\x04zero\x18\x03 \x01(\bR\x04zero\"D\n" +
+	"\x12SetScheduleRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
+	"\bschedule\x18\x02 \x01(\tR\bschedule\"1\n" +
+	"\x13SetScheduleResponse\x12\x1a\n" +
+	"\bschedule\x18\x01 \x01(\tR\bschedule\"k\n" +
+	"\x12BeginImportRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
+	"\x04from\x18\x02 \x01(\tR\x04from\x12\x0e\n" +
+	"\x02to\x18\x03 \x01(\tR\x02to\x12\x1d\n" +
+	"\n" +
+	"size_bytes\x18\x04 \x01(\x03R\tsizeBytes\"J\n" +
+	"\x13BeginImportResponse\x12\x1b\n" +
+	"\timport_id\x18\x01 \x01(\tR\bimportId\x12\x16\n" +
+	"\x06export\x18\x02 \x01(\tR\x06export\"x\n" +
+	"\x13CommitImportRequest\x12\x1b\n" +
+	"\timport_id\x18\x01 \x01(\tR\bimportId\x12\x0e\n" +
+	"\x02to\x18\x02 \x01(\tR\x02to\x12\x1c\n" +
+	"\tprotected\x18\x03 \x01(\bR\tprotected\x12\x16\n" +
+	"\x06medium\x18\x04 \x01(\tR\x06medium\"I\n" +
+	"\x12AbortImportRequest\x12\x1b\n" +
+	"\timport_id\x18\x01 \x01(\tR\bimportId\x12\x16\n" +
+	"\x06medium\x18\x02 \x01(\tR\x06medium\"\x15\n" +
+	"\x13AbortImportResponse\"H\n" +
+	"\x11KeepImportRequest\x12\x1b\n" +
+	"\timport_id\x18\x01 \x01(\tR\bimportId\x12\x16\n" +
+	"\x06medium\x18\x02 \x01(\tR\x06medium\"\x14\n" +
+	"\x12KeepImportResponse\"\xf6\x02\n" +
+	"\x05Entry\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x12\x0e\n" +
+	"\x02id\x18\x02 \x01(\tR\x02id\x12\x1b\n" +
+	"\tparent_id\x18\x03 \x01(\tR\bparentId\x12\x12\n" +
+	"\x04kind\x18\x04 \x01(\tR\x04kind\x12\x14\n" +
+	"\x05owner\x18\x05 \x01(\tR\x05owner\x12\x1d\n" +
+	"\n" +
+	"size_bytes\x18\x06 \x01(\x03R\tsizeBytes\x124\n" +
+	"\acreated\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\acreated\x12\x15\n" +
+	"\x06in_use\x18\b \x01(\bR\x05inUse\x12?\n" +
+	"\n" +
+	"properties\x18\t \x03(\v2\x1f.atoll.v1.Entry.PropertiesEntryR\n" +
+	"properties\x12\x16\n" +
+	"\x06number\x18\n" +
+	" \x01(\x04R\x06number\x1a=\n" +
+	"\x0fPropertiesEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"Z\n" +
+	"\x14MakeDirectoryRequest\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x12\x14\n" +
+	"\x05owner\x18\x02 \x01(\tR\x05owner\x12\x18\n" +
+	"\aparents\x18\x03 \x01(\bR\aparents\",\n" +
+	"\x16RemoveDirectoryRequest\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\"\x19\n" +
+	"\x17RemoveDirectoryResponse\"V\n" +
+	"\x14ListDirectoryRequest\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x12\x14\n" +
+	"\x05after\x18\x02 \x01(\tR\x05after\x12\x14\n" +
+	"\x05limit\x18\x03 \x01(\x05R\x05limit\"V\n" +
+	"\x15ListDirectoryResponse\x12)\n" +
+	"\aentries\x18\x01 \x03(\v2\x0f.atoll.v1.EntryR\aentries\x12\x12\n" +
+	"\x04next\x18\x02 \x01(\tR\x04next\"5\n" +
+	"\x0fGetEntryRequest\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x12\x0e\n" +
+	"\x02id\x18\x02 \x01(\tR\x02id\"l\n" +
+	"\rRenameRequest\x12\x12\n" +
+	"\x04from\x18\x01 \x01(\tR\x04from\x12\x0e\n" +
+	"\x02to\x18\x02 \x01(\tR\x02to\x12\x18\n" +
+	"\areplace\x18\x03 \x01(\bR\areplace\x12\x1d\n" +
+	"\n" +
+	"no_parents\x18\x04 \x01(\bR\tnoParents\">\n" +
+	"\x12ChangeOwnerRequest\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x12\x14\n" +
+	"\x05owner\x18\x02 \x01(\tR\x05owner\"\xb9\x01\n" +
+	"\x14SetPropertiesRequest\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x12N\n" +
+	"\n" +
+	"properties\x18\x02 \x03(\v2..atoll.v1.SetPropertiesRequest.PropertiesEntryR\n" +
+	"properties\x1a=\n" +
+	"\x0fPropertiesEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x94\x02\n" +
+	"\x06Limits\x12#\n" +
+	"\x04iops\x18\x01 \x01(\v2\x0f.atoll.v1.LimitR\x04iops\x12,\n" +
+	"\tread_iops\x18\x02 \x01(\v2\x0f.atoll.v1.LimitR\breadIops\x12.\n" +
+	"\n" +
+	"write_iops\x18\x03 \x01(\v2\x0f.atoll.v1.LimitR\twriteIops\x12%\n" +
+	"\x05bytes\x18\x04 \x01(\v2\x0f.atoll.v1.LimitR\x05bytes\x12.\n" +
+	"\n" +
+	"read_bytes\x18\x05 \x01(\v2\x0f.atoll.v1.LimitR\treadBytes\x120\n" +
+	"\vwrite_bytes\x18\x06 \x01(\v2\x0f.atoll.v1.LimitR\n" +
+	"writeBytes\"V\n" +
+	"\x05Limit\x12\x12\n" +
+	"\x04rate\x18\x01 \x01(\x03R\x04rate\x12\x14\n" +
+	"\x05burst\x18\x02 \x01(\x03R\x05burst\x12#\n" +
+	"\rburst_seconds\x18\x03 \x01(\x03R\fburstSeconds\"P\n" +
+	"\x10SetLimitsRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12(\n" +
+	"\x06limits\x18\x02 \x01(\v2\x10.atoll.v1.LimitsR\x06limits\"\xcb\x02\n" +
+	"\n" +
+	"TrashEntry\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
+	"\x04path\x18\x02 \x01(\tR\x04path\x12\x14\n" +
+	"\x05owner\x18\x03 \x01(\tR\x05owner\x12\x1d\n" +
+	"\n" +
+	"size_bytes\x18\x04 \x01(\x03R\tsizeBytes\x124\n" +
+	"\aremoved\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\aremoved\x124\n" +
+	"\aexpires\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\aexpires\x124\n" +
+	"\acreated\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\acreated\x12\x16\n" +
+	"\x06number\x18\b \x01(\x04R\x06number\x12\x12\n" +
+	"\x04kind\x18\t \x01(\tR\x04kind\x12\x16\n" +
+	"\x06source\x18\n" +
+	" \x01(\tR\x06source\"v\n" +
+	"\x12MoveToTrashRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x124\n" +
+	"\aexpires\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\aexpires\x12\x16\n" +
+	"\x06source\x18\x03 \x01(\tR\x06source\">\n" +
+	"\x10ListTrashRequest\x12\x14\n" +
+	"\x05after\x18\x01 \x01(\tR\x05after\x12\x14\n" +
+	"\x05limit\x18\x02 \x01(\x05R\x05limit\"W\n" +
+	"\x11ListTrashResponse\x12.\n" +
+	"\aentries\x18\x01 \x03(\v2\x14.atoll.v1.TrashEntryR\aentries\x12\x12\n" +
+	"\x04next\x18\x02 \x01(\tR\x04next\"T\n" +
+	"\x13RestoreTrashRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
+	"\x04path\x18\x02 \x01(\tR\x04path\x12\x19\n" +
+	"\bnew_path\x18\x03 \x01(\tR\anewPath\"x\n" +
+	"\x11PurgeTrashRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12A\n" +
+	"\x0eexpired_before\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\rexpiredBefore\x12\x10\n" +
+	"\x03all\x18\x03 \x01(\bR\x03all\"D\n" +
+	"\x12PurgeTrashResponse\x12\x18\n" +
+	"\aremoved\x18\x01 \x01(\x05R\aremoved\x12\x14\n" +
+	"\x05bytes\x18\x02 \x01(\x03R\x05bytes\"\xa1\x01\n" +
+	"\x04User\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12!\n" +
+	"\fhas_password\x18\x02 \x01(\bR\vhasPassword\x12\x16\n" +
+	"\x06strict\x18\x03 \x01(\bR\x06strict\x12\x14\n" +
+	"\x05admin\x18\x04 \x01(\bR\x05admin\x124\n" +
+	"\acreated\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\acreated\"q\n" +
+	"\x11CreateUserRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
+	"\bpassword\x18\x02 \x01(\tR\bpassword\x12\x16\n" +
+	"\x06strict\x18\x03 \x01(\bR\x06strict\x12\x14\n" +
+	"\x05admin\x18\x04 \x01(\bR\x05admin\"\x12\n" +
+	"\x10ListUsersRequest\"9\n" +
+	"\x11ListUsersResponse\x12$\n" +
+	"\x05users\x18\x01 \x03(\v2\x0e.atoll.v1.UserR\x05users\"\xa2\x01\n" +
+	"\x11UpdateUserRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1f\n" +
+	"\bpassword\x18\x02 \x01(\tH\x00R\bpassword\x88\x01\x01\x12\x1b\n" +
+	"\x06strict\x18\x03 \x01(\bH\x01R\x06strict\x88\x01\x01\x12\x19\n" +
+	"\x05admin\x18\x04 \x01(\bH\x02R\x05admin\x88\x01\x01B\v\n" +
+	"\t_passwordB\t\n" +
+	"\a_strictB\b\n" +
+	"\x06_admin\"'\n" +
+	"\x11DeleteUserRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\"\x14\n" +
+	"\x12DeleteUserResponse\"\xa8\x02\n" +
+	"\x04Task\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
+	"\x04what\x18\x02 \x01(\tR\x04what\x12\x12\n" +
+	"\x04kind\x18\x03 \x01(\tR\x04kind\x12\x16\n" +
+	"\x06medium\x18\x04 \x01(\tR\x06medium\x12\x12\n" +
+	"\x04done\x18\x05 \x01(\x03R\x04done\x12\x14\n" +
+	"\x05total\x18\x06 \x01(\x03R\x05total\x12\x12\n" +
+	"\x04unit\x18\a \x01(\tR\x04unit\x12\x14\n" +
+	"\x05state\x18\b \x01(\tR\x05state\x12\x14\n" +
+	"\x05error\x18\t \x01(\tR\x05error\x124\n" +
+	"\astarted\x18\n" +
+	" \x01(\v2\x1a.google.protobuf.TimestampR\astarted\x120\n" +
+	"\x05ended\x18\v \x01(\v2\x1a.google.protobuf.TimestampR\x05ended\"$\n" +
+	"\x10ListTasksRequest\x12\x10\n" +
+	"\x03all\x18\x01 \x01(\bR\x03all\"9\n" +
+	"\x11ListTasksResponse\x12$\n" +
+	"\x05tasks\x18\x01 \x03(\v2\x0e.atoll.v1.TaskR\x05tasks\" \n" +
+	"\x0eGetTaskRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"#\n" +
+	"\x11CancelTaskRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"j\n" +
 	"\rInjectRequest\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\rR\x04node\x12\x14\n" +
 	"\x05fault\x18\x02 \x01(\tR\x05fault\x12/\n" +
@@ -2257,7 +6302,52 @@ const file_atoll_proto_rawDesc = "" +
 	"\tGetVolume\x12\x1a.atoll.v1.GetVolumeRequest\x1a\x10.atoll.v1.Volume\x12?\n" +
 	"\fResizeVolume\x12\x1d.atoll.v1.ResizeVolumeRequest\x1a\x10.atoll.v1.Volume\x12M\n" +
 	"\fDeleteVolume\x12\x1d.atoll.v1.DeleteVolumeRequest\x1a\x1e.atoll.v1.DeleteVolumeResponse\x12J\n" +
-	"\vCheckVolume\x12\x1c.atoll.v1.CheckVolumeRequest\x1a\x1d.atoll.v1.CheckVolumeResponse2\x8a\x01\n" +
+	"\vCheckVolume\x12\x1c.atoll.v1.CheckVolumeRequest\x1a\x1d.atoll.v1.CheckVolumeResponse2\xcf\b\n" +
+	"\x0eVersionService\x12P\n" +
+	"\rCreateVersion\x12\x1e.atoll.v1.CreateVersionRequest\x1a\x1f.atoll.v1.CreateVersionResponse\x12M\n" +
+	"\fListVersions\x12\x1d.atoll.v1.ListVersionsRequest\x1a\x1e.atoll.v1.ListVersionsResponse\x12B\n" +
+	"\rUpdateVersion\x12\x1e.atoll.v1.UpdateVersionRequest\x1a\x11.atoll.v1.Version\x12P\n" +
+	"\rDeleteVersion\x12\x1e.atoll.v1.DeleteVersionRequest\x1a\x1f.atoll.v1.DeleteVersionResponse\x12D\n" +
+	"\x0eReleaseVersion\x12\x1f.atoll.v1.ReleaseVersionRequest\x1a\x11.atoll.v1.Version\x12S\n" +
+	"\x0eRestoreVersion\x12\x1f.atoll.v1.RestoreVersionRequest\x1a .atoll.v1.RestoreVersionResponse\x12?\n" +
+	"\fCloneVersion\x12\x1d.atoll.v1.CloneVersionRequest\x1a\x10.atoll.v1.Volume\x123\n" +
+	"\aFlatten\x12\x18.atoll.v1.FlattenRequest\x1a\x0e.atoll.v1.Task\x12M\n" +
+	"\fListChildren\x12\x1d.atoll.v1.ListChildrenRequest\x1a\x1e.atoll.v1.ListChildrenResponse\x127\n" +
+	"\x04Diff\x12\x15.atoll.v1.DiffRequest\x1a\x16.atoll.v1.DiffResponse0\x01\x12J\n" +
+	"\vSetSchedule\x12\x1c.atoll.v1.SetScheduleRequest\x1a\x1d.atoll.v1.SetScheduleResponse\x12J\n" +
+	"\vBeginImport\x12\x1c.atoll.v1.BeginImportRequest\x1a\x1d.atoll.v1.BeginImportResponse\x12@\n" +
+	"\fCommitImport\x12\x1d.atoll.v1.CommitImportRequest\x1a\x11.atoll.v1.Version\x12J\n" +
+	"\vAbortImport\x12\x1c.atoll.v1.AbortImportRequest\x1a\x1d.atoll.v1.AbortImportResponse\x12G\n" +
+	"\n" +
+	"KeepImport\x12\x1b.atoll.v1.KeepImportRequest\x1a\x1c.atoll.v1.KeepImportResponse2\xa5\x04\n" +
+	"\x10NamespaceService\x12@\n" +
+	"\rMakeDirectory\x12\x1e.atoll.v1.MakeDirectoryRequest\x1a\x0f.atoll.v1.Entry\x12V\n" +
+	"\x0fRemoveDirectory\x12 .atoll.v1.RemoveDirectoryRequest\x1a!.atoll.v1.RemoveDirectoryResponse\x12P\n" +
+	"\rListDirectory\x12\x1e.atoll.v1.ListDirectoryRequest\x1a\x1f.atoll.v1.ListDirectoryResponse\x126\n" +
+	"\bGetEntry\x12\x19.atoll.v1.GetEntryRequest\x1a\x0f.atoll.v1.Entry\x122\n" +
+	"\x06Rename\x12\x17.atoll.v1.RenameRequest\x1a\x0f.atoll.v1.Entry\x12<\n" +
+	"\vChangeOwner\x12\x1c.atoll.v1.ChangeOwnerRequest\x1a\x0f.atoll.v1.Entry\x12@\n" +
+	"\rSetProperties\x12\x1e.atoll.v1.SetPropertiesRequest\x1a\x0f.atoll.v1.Entry\x129\n" +
+	"\tSetLimits\x12\x1a.atoll.v1.SetLimitsRequest\x1a\x10.atoll.v1.Limits2\xa0\x02\n" +
+	"\fTrashService\x12A\n" +
+	"\vMoveToTrash\x12\x1c.atoll.v1.MoveToTrashRequest\x1a\x14.atoll.v1.TrashEntry\x12D\n" +
+	"\tListTrash\x12\x1a.atoll.v1.ListTrashRequest\x1a\x1b.atoll.v1.ListTrashResponse\x12>\n" +
+	"\fRestoreTrash\x12\x1d.atoll.v1.RestoreTrashRequest\x1a\x0f.atoll.v1.Entry\x12G\n" +
+	"\n" +
+	"PurgeTrash\x12\x1b.atoll.v1.PurgeTrashRequest\x1a\x1c.atoll.v1.PurgeTrashResponse2\x92\x02\n" +
+	"\vUserService\x129\n" +
+	"\n" +
+	"CreateUser\x12\x1b.atoll.v1.CreateUserRequest\x1a\x0e.atoll.v1.User\x12D\n" +
+	"\tListUsers\x12\x1a.atoll.v1.ListUsersRequest\x1a\x1b.atoll.v1.ListUsersResponse\x129\n" +
+	"\n" +
+	"UpdateUser\x12\x1b.atoll.v1.UpdateUserRequest\x1a\x0e.atoll.v1.User\x12G\n" +
+	"\n" +
+	"DeleteUser\x12\x1b.atoll.v1.DeleteUserRequest\x1a\x1c.atoll.v1.DeleteUserResponse2\xc3\x01\n" +
+	"\vTaskService\x12D\n" +
+	"\tListTasks\x12\x1a.atoll.v1.ListTasksRequest\x1a\x1b.atoll.v1.ListTasksResponse\x123\n" +
+	"\aGetTask\x12\x18.atoll.v1.GetTaskRequest\x1a\x0e.atoll.v1.Task\x129\n" +
+	"\n" +
+	"CancelTask\x12\x1b.atoll.v1.CancelTaskRequest\x1a\x0e.atoll.v1.Task2\x8a\x01\n" +
 	"\vDemoService\x12;\n" +
 	"\x06Inject\x12\x17.atoll.v1.InjectRequest\x1a\x18.atoll.v1.InjectResponse\x12>\n" +
 	"\aAddNode\x12\x18.atoll.v1.AddNodeRequest\x1a\x19.atoll.v1.AddNodeResponseB:Z8github.com/atollstore/atoll/internal/api/atollv1;atollv1b\x06proto3"
@@ -2274,88 +6364,261 @@ func file_atoll_proto_rawDescGZIP() []byte {
 	return file_atoll_proto_rawDescData
 }
 
-var file_atoll_proto_msgTypes = make([]protoimpl.MessageInfo, 31)
+var file_atoll_proto_msgTypes = make([]protoimpl.MessageInfo, 98)
 var file_atoll_proto_goTypes = []any{
-	(*ErrorDetail)(nil),           // 0: atoll.v1.ErrorDetail
-	(*GetStatusRequest)(nil),      // 1: atoll.v1.GetStatusRequest
-	(*GetStatusResponse)(nil),     // 2: atoll.v1.GetStatusResponse
-	(*Process)(nil),               // 3: atoll.v1.Process
-	(*ListNodesRequest)(nil),      // 4: atoll.v1.ListNodesRequest
-	(*ListNodesResponse)(nil),     // 5: atoll.v1.ListNodesResponse
-	(*Node)(nil),                  // 6: atoll.v1.Node
-	(*GetConfigRequest)(nil),      // 7: atoll.v1.GetConfigRequest
-	(*GetConfigResponse)(nil),     // 8: atoll.v1.GetConfigResponse
-	(*Setting)(nil),               // 9: atoll.v1.Setting
-	(*DiagnoseRequest)(nil),       // 10: atoll.v1.DiagnoseRequest
-	(*DiagnoseResponse)(nil),      // 11: atoll.v1.DiagnoseResponse
-	(*Finding)(nil),               // 12: atoll.v1.Finding
-	(*CreateTokenRequest)(nil),    // 13: atoll.v1.CreateTokenRequest
-	(*CreateTokenResponse)(nil),   // 14: atoll.v1.CreateTokenResponse
-	(*JoinRequest)(nil),           // 15: atoll.v1.JoinRequest
-	(*JoinResponse)(nil),          // 16: atoll.v1.JoinResponse
-	(*Volume)(nil),                // 17: atoll.v1.Volume
-	(*CreateVolumeRequest)(nil),   // 18: atoll.v1.CreateVolumeRequest
-	(*ListVolumesRequest)(nil),    // 19: atoll.v1.ListVolumesRequest
-	(*ListVolumesResponse)(nil),   // 20: atoll.v1.ListVolumesResponse
-	(*GetVolumeRequest)(nil),      // 21: atoll.v1.GetVolumeRequest
-	(*ResizeVolumeRequest)(nil),   // 22: atoll.v1.ResizeVolumeRequest
-	(*DeleteVolumeRequest)(nil),   // 23: atoll.v1.DeleteVolumeRequest
-	(*DeleteVolumeResponse)(nil),  // 24: atoll.v1.DeleteVolumeResponse
-	(*CheckVolumeRequest)(nil),    // 25: atoll.v1.CheckVolumeRequest
-	(*CheckVolumeResponse)(nil),   // 26: atoll.v1.CheckVolumeResponse
-	(*InjectRequest)(nil),         // 27: atoll.v1.InjectRequest
-	(*InjectResponse)(nil),        // 28: atoll.v1.InjectResponse
-	(*AddNodeRequest)(nil),        // 29: atoll.v1.AddNodeRequest
-	(*AddNodeResponse)(nil),       // 30: atoll.v1.AddNodeResponse
-	(*timestamppb.Timestamp)(nil), // 31: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 32: google.protobuf.Duration
+	(*ErrorDetail)(nil),             // 0: atoll.v1.ErrorDetail
+	(*GetStatusRequest)(nil),        // 1: atoll.v1.GetStatusRequest
+	(*GetStatusResponse)(nil),       // 2: atoll.v1.GetStatusResponse
+	(*Process)(nil),                 // 3: atoll.v1.Process
+	(*ListNodesRequest)(nil),        // 4: atoll.v1.ListNodesRequest
+	(*ListNodesResponse)(nil),       // 5: atoll.v1.ListNodesResponse
+	(*Node)(nil),                    // 6: atoll.v1.Node
+	(*GetConfigRequest)(nil),        // 7: atoll.v1.GetConfigRequest
+	(*GetConfigResponse)(nil),       // 8: atoll.v1.GetConfigResponse
+	(*Setting)(nil),                 // 9: atoll.v1.Setting
+	(*DiagnoseRequest)(nil),         // 10: atoll.v1.DiagnoseRequest
+	(*DiagnoseResponse)(nil),        // 11: atoll.v1.DiagnoseResponse
+	(*Finding)(nil),                 // 12: atoll.v1.Finding
+	(*CreateTokenRequest)(nil),      // 13: atoll.v1.CreateTokenRequest
+	(*CreateTokenResponse)(nil),     // 14: atoll.v1.CreateTokenResponse
+	(*JoinRequest)(nil),             // 15: atoll.v1.JoinRequest
+	(*JoinResponse)(nil),            // 16: atoll.v1.JoinResponse
+	(*Volume)(nil),                  // 17: atoll.v1.Volume
+	(*CreateVolumeRequest)(nil),     // 18: atoll.v1.CreateVolumeRequest
+	(*ListVolumesRequest)(nil),      // 19: atoll.v1.ListVolumesRequest
+	(*ListVolumesResponse)(nil),     // 20: atoll.v1.ListVolumesResponse
+	(*GetVolumeRequest)(nil),        // 21: atoll.v1.GetVolumeRequest
+	(*ResizeVolumeRequest)(nil),     // 22: atoll.v1.ResizeVolumeRequest
+	(*DeleteVolumeRequest)(nil),     // 23: atoll.v1.DeleteVolumeRequest
+	(*DeleteVolumeResponse)(nil),    // 24: atoll.v1.DeleteVolumeResponse
+	(*CheckVolumeRequest)(nil),      // 25: atoll.v1.CheckVolumeRequest
+	(*CheckVolumeResponse)(nil),     // 26: atoll.v1.CheckVolumeResponse
+	(*Version)(nil),                 // 27: atoll.v1.Version
+	(*CreateVersionRequest)(nil),    // 28: atoll.v1.CreateVersionRequest
+	(*CreateVersionResponse)(nil),   // 29: atoll.v1.CreateVersionResponse
+	(*ListVersionsRequest)(nil),     // 30: atoll.v1.ListVersionsRequest
+	(*ListVersionsResponse)(nil),    // 31: atoll.v1.ListVersionsResponse
+	(*UpdateVersionRequest)(nil),    // 32: atoll.v1.UpdateVersionRequest
+	(*DeleteVersionRequest)(nil),    // 33: atoll.v1.DeleteVersionRequest
+	(*DeleteVersionResponse)(nil),   // 34: atoll.v1.DeleteVersionResponse
+	(*ReleaseVersionRequest)(nil),   // 35: atoll.v1.ReleaseVersionRequest
+	(*RestoreVersionRequest)(nil),   // 36: atoll.v1.RestoreVersionRequest
+	(*RestoreVersionResponse)(nil),  // 37: atoll.v1.RestoreVersionResponse
+	(*CloneVersionRequest)(nil),     // 38: atoll.v1.CloneVersionRequest
+	(*FlattenRequest)(nil),          // 39: atoll.v1.FlattenRequest
+	(*ListChildrenRequest)(nil),     // 40: atoll.v1.ListChildrenRequest
+	(*ListChildrenResponse)(nil),    // 41: atoll.v1.ListChildrenResponse
+	(*Child)(nil),                   // 42: atoll.v1.Child
+	(*DiffRequest)(nil),             // 43: atoll.v1.DiffRequest
+	(*DiffResponse)(nil),            // 44: atoll.v1.DiffResponse
+	(*Extent)(nil),                  // 45: atoll.v1.Extent
+	(*SetScheduleRequest)(nil),      // 46: atoll.v1.SetScheduleRequest
+	(*SetScheduleResponse)(nil),     // 47: atoll.v1.SetScheduleResponse
+	(*BeginImportRequest)(nil),      // 48: atoll.v1.BeginImportRequest
+	(*BeginImportResponse)(nil),     // 49: atoll.v1.BeginImportResponse
+	(*CommitImportRequest)(nil),     // 50: atoll.v1.CommitImportRequest
+	(*AbortImportRequest)(nil),      // 51: atoll.v1.AbortImportRequest
+	(*AbortImportResponse)(nil),     // 52: atoll.v1.AbortImportResponse
+	(*KeepImportRequest)(nil),       // 53: atoll.v1.KeepImportRequest
+	(*KeepImportResponse)(nil),      // 54: atoll.v1.KeepImportResponse
+	(*Entry)(nil),                   // 55: atoll.v1.Entry
+	(*MakeDirectoryRequest)(nil),    // 56: atoll.v1.MakeDirectoryRequest
+	(*RemoveDirectoryRequest)(nil),  // 57: atoll.v1.RemoveDirectoryRequest
+	(*RemoveDirectoryResponse)(nil), // 58: atoll.v1.RemoveDirectoryResponse
+	(*ListDirectoryRequest)(nil),    // 59: atoll.v1.ListDirectoryRequest
+	(*ListDirectoryResponse)(nil),   // 60: atoll.v1.ListDirectoryResponse
+	(*GetEntryRequest)(nil),         // 61: atoll.v1.GetEntryRequest
+	(*RenameRequest)(nil),           // 62: atoll.v1.RenameRequest
+	(*ChangeOwnerRequest)(nil),      // 63: atoll.v1.ChangeOwnerRequest
+	(*SetPropertiesRequest)(nil),    // 64: atoll.v1.SetPropertiesRequest
+	(*Limits)(nil),                  // 65: atoll.v1.Limits
+	(*Limit)(nil),                   // 66: atoll.v1.Limit
+	(*SetLimitsRequest)(nil),        // 67: atoll.v1.SetLimitsRequest
+	(*TrashEntry)(nil),              // 68: atoll.v1.TrashEntry
+	(*MoveToTrashRequest)(nil),      // 69: atoll.v1.MoveToTrashRequest
+	(*ListTrashRequest)(nil),        // 70: atoll.v1.ListTrashRequest
+	(*ListTrashResponse)(nil),       // 71: atoll.v1.ListTrashResponse
+	(*RestoreTrashRequest)(nil),     // 72: atoll.v1.RestoreTrashRequest
+	(*PurgeTrashRequest)(nil),       // 73: atoll.v1.PurgeTrashRequest
+	(*PurgeTrashResponse)(nil),      // 74: atoll.v1.PurgeTrashResponse
+	(*User)(nil),                    // 75: atoll.v1.User
+	(*CreateUserRequest)(nil),       // 76: atoll.v1.CreateUserRequest
+	(*ListUsersRequest)(nil),        // 77: atoll.v1.ListUsersRequest
+	(*ListUsersResponse)(nil),       // 78: atoll.v1.ListUsersResponse
+	(*UpdateUserRequest)(nil),       // 79: atoll.v1.UpdateUserRequest
+	(*DeleteUserRequest)(nil),       // 80: atoll.v1.DeleteUserRequest
+	(*DeleteUserResponse)(nil),      // 81: atoll.v1.DeleteUserResponse
+	(*Task)(nil),                    // 82: atoll.v1.Task
+	(*ListTasksRequest)(nil),        // 83: atoll.v1.ListTasksRequest
+	(*ListTasksResponse)(nil),       // 84: atoll.v1.ListTasksResponse
+	(*GetTaskRequest)(nil),          // 85: atoll.v1.GetTaskRequest
+	(*CancelTaskRequest)(nil),       // 86: atoll.v1.CancelTaskRequest
+	(*InjectRequest)(nil),           // 87: atoll.v1.InjectRequest
+	(*InjectResponse)(nil),          // 88: atoll.v1.InjectResponse
+	(*AddNodeRequest)(nil),          // 89: atoll.v1.AddNodeRequest
+	(*AddNodeResponse)(nil),         // 90: atoll.v1.AddNodeResponse
+	nil,                             // 91: atoll.v1.Volume.PropertiesEntry
+	nil,                             // 92: atoll.v1.CreateVolumeRequest.PropertiesEntry
+	nil,                             // 93: atoll.v1.Version.PropertiesEntry
+	nil,                             // 94: atoll.v1.CreateVersionRequest.PropertiesEntry
+	nil,                             // 95: atoll.v1.CloneVersionRequest.PropertiesEntry
+	nil,                             // 96: atoll.v1.Entry.PropertiesEntry
+	nil,                             // 97: atoll.v1.SetPropertiesRequest.PropertiesEntry
+	(*timestamppb.Timestamp)(nil),   // 98: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),     // 99: google.protobuf.Duration
 }
 var file_atoll_proto_depIdxs = []int32{
 	3,  // 0: atoll.v1.GetStatusResponse.processes:type_name -> atoll.v1.Process
-	31, // 1: atoll.v1.GetStatusResponse.now:type_name -> google.protobuf.Timestamp
-	31, // 2: atoll.v1.Process.started:type_name -> google.protobuf.Timestamp
+	98, // 1: atoll.v1.GetStatusResponse.now:type_name -> google.protobuf.Timestamp
+	98, // 2: atoll.v1.Process.started:type_name -> google.protobuf.Timestamp
 	6,  // 3: atoll.v1.ListNodesResponse.nodes:type_name -> atoll.v1.Node
-	32, // 4: atoll.v1.Node.append_p99:type_name -> google.protobuf.Duration
+	99, // 4: atoll.v1.Node.append_p99:type_name -> google.protobuf.Duration
 	9,  // 5: atoll.v1.GetConfigResponse.settings:type_name -> atoll.v1.Setting
 	12, // 6: atoll.v1.DiagnoseResponse.findings:type_name -> atoll.v1.Finding
-	32, // 7: atoll.v1.CreateTokenRequest.ttl:type_name -> google.protobuf.Duration
-	31, // 8: atoll.v1.CreateTokenResponse.expires:type_name -> google.protobuf.Timestamp
-	31, // 9: atoll.v1.Volume.created:type_name -> google.protobuf.Timestamp
-	17, // 10: atoll.v1.ListVolumesResponse.volumes:type_name -> atoll.v1.Volume
-	32, // 11: atoll.v1.InjectRequest.delay:type_name -> google.protobuf.Duration
-	1,  // 12: atoll.v1.ClusterService.GetStatus:input_type -> atoll.v1.GetStatusRequest
-	4,  // 13: atoll.v1.ClusterService.ListNodes:input_type -> atoll.v1.ListNodesRequest
-	7,  // 14: atoll.v1.ClusterService.GetConfig:input_type -> atoll.v1.GetConfigRequest
-	10, // 15: atoll.v1.ClusterService.Diagnose:input_type -> atoll.v1.DiagnoseRequest
-	13, // 16: atoll.v1.ClusterService.CreateToken:input_type -> atoll.v1.CreateTokenRequest
-	15, // 17: atoll.v1.ClusterService.Join:input_type -> atoll.v1.JoinRequest
-	18, // 18: atoll.v1.VolumeService.CreateVolume:input_type -> atoll.v1.CreateVolumeRequest
-	19, // 19: atoll.v1.VolumeService.ListVolumes:input_type -> atoll.v1.ListVolumesRequest
-	21, // 20: atoll.v1.VolumeService.GetVolume:input_type -> atoll.v1.GetVolumeRequest
-	22, // 21: atoll.v1.VolumeService.ResizeVolume:input_type -> atoll.v1.ResizeVolumeRequest
-	23, // 22: atoll.v1.VolumeService.DeleteVolume:input_type -> atoll.v1.DeleteVolumeRequest
-	25, // 23: atoll.v1.VolumeService.CheckVolume:input_type -> atoll.v1.CheckVolumeRequest
-	27, // 24: atoll.v1.DemoService.Inject:input_type -> atoll.v1.InjectRequest
-	29, // 25: atoll.v1.DemoService.AddNode:input_type -> atoll.v1.AddNodeRequest
-	2,  // 26: atoll.v1.ClusterService.GetStatus:output_type -> atoll.v1.GetStatusResponse
-	5,  // 27: atoll.v1.ClusterService.ListNodes:output_type -> atoll.v1.ListNodesResponse
-	8,  // 28: atoll.v1.ClusterService.GetConfig:output_type -> atoll.v1.GetConfigResponse
-	11, // 29: atoll.v1.ClusterService.Diagnose:output_type -> atoll.v1.DiagnoseResponse
-	14, // 30: atoll.v1.ClusterService.CreateToken:output_type -> atoll.v1.CreateTokenResponse
-	16, // 31: atoll.v1.ClusterService.Join:output_type -> atoll.v1.JoinResponse
-	17, // 32: atoll.v1.VolumeService.CreateVolume:output_type -> atoll.v1.Volume
-	20, // 33: atoll.v1.VolumeService.ListVolumes:output_type -> atoll.v1.ListVolumesResponse
-	17, // 34: atoll.v1.VolumeService.GetVolume:output_type -> atoll.v1.Volume
-	17, // 35: atoll.v1.VolumeService.ResizeVolume:output_type -> atoll.v1.Volume
-	24, // 36: atoll.v1.VolumeService.DeleteVolume:output_type -> atoll.v1.DeleteVolumeResponse
-	26, // 37: atoll.v1.VolumeService.CheckVolume:output_type -> atoll.v1.CheckVolumeResponse
-	28, // 38: atoll.v1.DemoService.Inject:output_type -> atoll.v1.InjectResponse
-	30, // 39: atoll.v1.DemoService.AddNode:output_type -> atoll.v1.AddNodeResponse
-	26, // [26:40] is the sub-list for method output_type
-	12, // [12:26] is the sub-list for method input_type
-	12, // [12:12] is the sub-list for extension type_name
-	12, // [12:12] is the sub-list for extension extendee
-	0,  // [0:12] is the sub-list for field type_name
+	99, // 7: atoll.v1.CreateTokenRequest.ttl:type_name -> google.protobuf.Duration
+	98, // 8: atoll.v1.CreateTokenResponse.expires:type_name -> google.protobuf.Timestamp
+	98, // 9: atoll.v1.Volume.created:type_name -> google.protobuf.Timestamp
+	91, // 10: atoll.v1.Volume.properties:type_name -> atoll.v1.Volume.PropertiesEntry
+	65, // 11: atoll.v1.Volume.limits:type_name -> atoll.v1.Limits
+	98, // 12: atoll.v1.Volume.expires:type_name -> google.protobuf.Timestamp
+	92, // 13: atoll.v1.CreateVolumeRequest.properties:type_name -> atoll.v1.CreateVolumeRequest.PropertiesEntry
+	65, // 14: atoll.v1.CreateVolumeRequest.limits:type_name -> atoll.v1.Limits
+	17, // 15: atoll.v1.ListVolumesResponse.volumes:type_name -> atoll.v1.Volume
+	98, // 16: atoll.v1.DeleteVolumeResponse.expires:type_name -> google.protobuf.Timestamp
+	98, // 17: atoll.v1.Version.time:type_name -> google.protobuf.Timestamp
+	93, // 18: atoll.v1.Version.properties:type_name -> atoll.v1.Version.PropertiesEntry
+	94, // 19: atoll.v1.CreateVersionRequest.properties:type_name -> atoll.v1.CreateVersionRequest.PropertiesEntry
+	27, // 20: atoll.v1.CreateVersionResponse.versions:type_name -> atoll.v1.Version
+	27, // 21: atoll.v1.ListVersionsResponse.versions:type_name -> atoll.v1.Version
+	27, // 22: atoll.v1.RestoreVersionResponse.version:type_name -> atoll.v1.Version
+	27, // 23: atoll.v1.RestoreVersionResponse.saved:type_name -> atoll.v1.Version
+	95, // 24: atoll.v1.CloneVersionRequest.properties:type_name -> atoll.v1.CloneVersionRequest.PropertiesEntry
+	42, // 25: atoll.v1.ListChildrenResponse.children:type_name -> atoll.v1.Child
+	45, // 26: atoll.v1.DiffResponse.extents:type_name -> atoll.v1.Extent
+	98, // 27: atoll.v1.Entry.created:type_name -> google.protobuf.Timestamp
+	96, // 28: atoll.v1.Entry.properties:type_name -> atoll.v1.Entry.PropertiesEntry
+	55, // 29: atoll.v1.ListDirectoryResponse.entries:type_name -> atoll.v1.Entry
+	97, // 30: atoll.v1.SetPropertiesRequest.properties:type_name -> atoll.v1.SetPropertiesRequest.PropertiesEntry
+	66, // 31: atoll.v1.Limits.iops:type_name -> atoll.v1.Limit
+	66, // 32: atoll.v1.Limits.read_iops:type_name -> atoll.v1.Limit
+	66, // 33: atoll.v1.Limits.write_iops:type_name -> atoll.v1.Limit
+	66, // 34: atoll.v1.Limits.bytes:type_name -> atoll.v1.Limit
+	66, // 35: atoll.v1.Limits.read_bytes:type_name -> atoll.v1.Limit
+	66, // 36: atoll.v1.Limits.write_bytes:type_name -> atoll.v1.Limit
+	65, // 37: atoll.v1.SetLimitsRequest.limits:type_name -> atoll.v1.Limits
+	98, // 38: atoll.v1.TrashEntry.removed:type_name -> google.protobuf.Timestamp
+	98, // 39: atoll.v1.TrashEntry.expires:type_name -> google.protobuf.Timestamp
+	98, // 40: atoll.v1.TrashEntry.created:type_name -> google.protobuf.Timestamp
+	98, // 41: atoll.v1.MoveToTrashRequest.expires:type_name -> google.protobuf.Timestamp
+	68, // 42: atoll.v1.ListTrashResponse.entries:type_name -> atoll.v1.TrashEntry
+	98, // 43: atoll.v1.PurgeTrashRequest.expired_before:type_name -> google.protobuf.Timestamp
+	98, // 44: atoll.v1.User.created:type_name -> google.protobuf.Timestamp
+	75, // 45: atoll.v1.ListUsersResponse.users:type_name -> atoll.v1.User
+	98, // 46: atoll.v1.Task.started:type_name -> google.protobuf.Timestamp
+	98, // 47: atoll.v1.Task.ended:type_name -> google.protobuf.Timestamp
+	82, // 48: atoll.v1.ListTasksResponse.tasks:type_name -> atoll.v1.Task
+	99, // 49: atoll.v1.InjectRequest.delay:type_name -> google.protobuf.Duration
+	1,  // 50: atoll.v1.ClusterService.GetStatus:input_type -> atoll.v1.GetStatusRequest
+	4,  // 51: atoll.v1.ClusterService.ListNodes:input_type -> atoll.v1.ListNodesRequest
+	7,  // 52: atoll.v1.ClusterService.GetConfig:input_type -> atoll.v1.GetConfigRequest
+	10, // 53: atoll.v1.ClusterService.Diagnose:input_type -> atoll.v1.DiagnoseRequest
+	13, // 54: atoll.v1.ClusterService.CreateToken:input_type -> atoll.v1.CreateTokenRequest
+	15, // 55: atoll.v1.ClusterService.Join:input_type -> atoll.v1.JoinRequest
+	18, // 56: atoll.v1.VolumeService.CreateVolume:input_type -> atoll.v1.CreateVolumeRequest
+	19, // 57: atoll.v1.VolumeService.ListVolumes:input_type -> atoll.v1.ListVolumesRequest
+	21, // 58: atoll.v1.VolumeService.GetVolume:input_type -> atoll.v1.GetVolumeRequest
+	22, // 59: atoll.v1.VolumeService.ResizeVolume:input_type -> atoll.v1.ResizeVolumeRequest
+	23, // 60: atoll.v1.VolumeService.DeleteVolume:input_type -> atoll.v1.DeleteVolumeRequest
+	25, // 61: atoll.v1.VolumeService.CheckVolume:input_type -> atoll.v1.CheckVolumeRequest
+	28, // 62: atoll.v1.VersionService.CreateVersion:input_type -> atoll.v1.CreateVersionRequest
+	30, // 63: atoll.v1.VersionService.ListVersions:input_type -> atoll.v1.ListVersionsRequest
+	32, // 64: atoll.v1.VersionService.UpdateVersion:input_type -> atoll.v1.UpdateVersionRequest
+	33, // 65: atoll.v1.VersionService.DeleteVersion:input_type -> atoll.v1.DeleteVersionRequest
+	35, // 66: atoll.v1.VersionService.ReleaseVersion:input_type -> atoll.v1.ReleaseVersionRequest
+	36, // 67: atoll.v1.VersionService.RestoreVersion:input_type -> atoll.v1.RestoreVersionRequest
+	38, // 68: atoll.v1.VersionService.CloneVersion:input_type -> atoll.v1.CloneVersionRequest
+	39, // 69: atoll.v1.VersionService.Flatten:input_type -> atoll.v1.FlattenRequest
+	40, // 70: atoll.v1.VersionService.ListChildren:input_type -> atoll.v1.ListChildrenRequest
+	43, // 71: atoll.v1.VersionService.Diff:input_type -> atoll.v1.DiffRequest
+	46, // 72: atoll.v1.VersionService.SetSchedule:input_type -> atoll.v1.SetScheduleRequest
+	48, // 73: atoll.v1.VersionService.BeginImport:input_type -> atoll.v1.BeginImportRequest
+	50, // 74: atoll.v1.VersionService.CommitImport:input_type -> atoll.v1.CommitImportRequest
+	51, // 75: atoll.v1.VersionService.AbortImport:input_type -> atoll.v1.AbortImportRequest
+	53, // 76: atoll.v1.VersionService.KeepImport:input_type -> atoll.v1.KeepImportRequest
+	56, // 77: atoll.v1.NamespaceService.MakeDirectory:input_type -> atoll.v1.MakeDirectoryRequest
+	57, // 78: atoll.v1.NamespaceService.RemoveDirectory:input_type -> atoll.v1.RemoveDirectoryRequest
+	59, // 79: atoll.v1.NamespaceService.ListDirectory:input_type -> atoll.v1.ListDirectoryRequest
+	61, // 80: atoll.v1.NamespaceService.GetEntry:input_type -> atoll.v1.GetEntryRequest
+	62, // 81: atoll.v1.NamespaceService.Rename:input_type -> atoll.v1.RenameRequest
+	63, // 82: atoll.v1.NamespaceService.ChangeOwner:input_type -> atoll.v1.ChangeOwnerRequest
+	64, // 83: atoll.v1.NamespaceService.SetProperties:input_type -> atoll.v1.SetPropertiesRequest
+	67, // 84: atoll.v1.NamespaceService.SetLimits:input_type -> atoll.v1.SetLimitsRequest
+	69, // 85: atoll.v1.TrashService.MoveToTrash:input_type -> atoll.v1.MoveToTrashRequest
+	70, // 86: atoll.v1.TrashService.ListTrash:input_type -> atoll.v1.ListTrashRequest
+	72, // 87: atoll.v1.TrashService.RestoreTrash:input_type -> atoll.v1.RestoreTrashRequest
+	73, // 88: atoll.v1.TrashService.PurgeTrash:input_type -> atoll.v1.PurgeTrashRequest
+	76, // 89: atoll.v1.UserService.CreateUser:input_type -> atoll.v1.CreateUserRequest
+	77, // 90: atoll.v1.UserService.ListUsers:input_type -> atoll.v1.ListUsersRequest
+	79, // 91: atoll.v1.UserService.UpdateUser:input_type -> atoll.v1.UpdateUserRequest
+	80, // 92: atoll.v1.UserService.DeleteUser:input_type -> atoll.v1.DeleteUserRequest
+	83, // 93: atoll.v1.TaskService.ListTasks:input_type -> atoll.v1.ListTasksRequest
+	85, // 94: atoll.v1.TaskService.GetTask:input_type -> atoll.v1.GetTaskRequest
+	86, // 95: atoll.v1.TaskService.CancelTask:input_type -> atoll.v1.CancelTaskRequest
+	87, // 96: atoll.v1.DemoService.Inject:input_type -> atoll.v1.InjectRequest
+	89, // 97: atoll.v1.DemoService.AddNode:input_type -> atoll.v1.AddNodeRequest
+	2,  // 98: atoll.v1.ClusterService.GetStatus:output_type -> atoll.v1.GetStatusResponse
+	5,  // 99: atoll.v1.ClusterService.ListNodes:output_type -> atoll.v1.ListNodesResponse
+	8,  // 100: atoll.v1.ClusterService.GetConfig:output_type -> atoll.v1.GetConfigResponse
+	11, // 101: atoll.v1.ClusterService.Diagnose:output_type -> atoll.v1.DiagnoseResponse
+	14, // 102: atoll.v1.ClusterService.CreateToken:output_type -> atoll.v1.CreateTokenResponse
+	16, // 103: atoll.v1.ClusterService.Join:output_type -> atoll.v1.JoinResponse
+	17, // 104: atoll.v1.VolumeService.CreateVolume:output_type -> atoll.v1.Volume
+	20, // 105: atoll.v1.VolumeService.ListVolumes:output_type -> atoll.v1.ListVolumesResponse
+	17, // 106: atoll.v1.VolumeService.GetVolume:output_type -> atoll.v1.Volume
+	17, // 107: atoll.v1.VolumeService.ResizeVolume:output_type -> atoll.v1.Volume
+	24, // 108: atoll.v1.VolumeService.DeleteVolume:output_type -> atoll.v1.DeleteVolumeResponse
+	26, // 109: atoll.v1.VolumeService.CheckVolume:output_type -> atoll.v1.CheckVolumeResponse
+	29, // 110: atoll.v1.VersionService.CreateVersion:output_type -> atoll.v1.CreateVersionResponse
+	31, // 111: atoll.v1.VersionService.ListVersions:output_type -> atoll.v1.ListVersionsResponse
+	27, // 112: atoll.v1.VersionService.UpdateVersion:output_type -> atoll.v1.Version
+	34, // 113: atoll.v1.VersionService.DeleteVersion:output_type -> atoll.v1.DeleteVersionResponse
+	27, // 114: atoll.v1.VersionService.ReleaseVersion:output_type -> atoll.v1.Version
+	37, // 115: atoll.v1.VersionService.RestoreVersion:output_type -> atoll.v1.RestoreVersionResponse
+	17, // 116: atoll.v1.VersionService.CloneVersion:output_type -> atoll.v1.Volume
+	82, // 117: atoll.v1.VersionService.Flatten:output_type -> atoll.v1.Task
+	41, // 118: atoll.v1.VersionService.ListChildren:output_type -> atoll.v1.ListChildrenResponse
+	44, // 119: atoll.v1.VersionService.Diff:output_type -> atoll.v1.DiffResponse
+	47, // 120: atoll.v1.VersionService.SetSchedule:output_type -> atoll.v1.SetScheduleResponse
+	49, // 121: atoll.v1.VersionService.BeginImport:output_type -> atoll.v1.BeginImportResponse
+	27, // 122: atoll.v1.VersionService.CommitImport:output_type -> atoll.v1.Version
+	52, // 123: atoll.v1.VersionService.AbortImport:output_type -> atoll.v1.AbortImportResponse
+	54, // 124: atoll.v1.VersionService.KeepImport:output_type -> atoll.v1.KeepImportResponse
+	55, // 125: atoll.v1.NamespaceService.MakeDirectory:output_type -> atoll.v1.Entry
+	58, // 126: atoll.v1.NamespaceService.RemoveDirectory:output_type -> atoll.v1.RemoveDirectoryResponse
+	60, // 127: atoll.v1.NamespaceService.ListDirectory:output_type -> atoll.v1.ListDirectoryResponse
+	55, // 128: atoll.v1.NamespaceService.GetEntry:output_type -> atoll.v1.Entry
+	55, // 129: atoll.v1.NamespaceService.Rename:output_type -> atoll.v1.Entry
+	55, // 130: atoll.v1.NamespaceService.ChangeOwner:output_type -> atoll.v1.Entry
+	55, // 131: atoll.v1.NamespaceService.SetProperties:output_type -> atoll.v1.Entry
+	65, // 132: atoll.v1.NamespaceService.SetLimits:output_type -> atoll.v1.Limits
+	68, // 133: atoll.v1.TrashService.MoveToTrash:output_type -> atoll.v1.TrashEntry
+	71, // 134: atoll.v1.TrashService.ListTrash:output_type -> atoll.v1.ListTrashResponse
+	55, // 135: atoll.v1.TrashService.RestoreTrash:output_type -> atoll.v1.Entry
+	74, // 136: atoll.v1.TrashService.PurgeTrash:output_type -> atoll.v1.PurgeTrashResponse
+	75, // 137: atoll.v1.UserService.CreateUser:output_type -> atoll.v1.User
+	78, // 138: atoll.v1.UserService.ListUsers:output_type -> atoll.v1.ListUsersResponse
+	75, // 139: atoll.v1.UserService.UpdateUser:output_type -> atoll.v1.User
+	81, // 140: atoll.v1.UserService.DeleteUser:output_type -> atoll.v1.DeleteUserResponse
+	84, // 141: atoll.v1.TaskService.ListTasks:output_type -> atoll.v1.ListTasksResponse
+	82, // 142: atoll.v1.TaskService.GetTask:output_type -> atoll.v1.Task
+	82, // 143: atoll.v1.TaskService.CancelTask:output_type -> atoll.v1.Task
+	88, // 144: atoll.v1.DemoService.Inject:output_type -> atoll.v1.InjectResponse
+	90, // 145: atoll.v1.DemoService.AddNode:output_type -> atoll.v1.AddNodeResponse
+	98, // [98:146] is the sub-list for method output_type
+	50, // [50:98] is the sub-list for method input_type
+	50, // [50:50] is the sub-list for extension type_name
+	50, // [50:50] is the sub-list for extension extendee
+	0,  // [0:50] is the sub-list for field type_name
 }
 
 func init() { file_atoll_proto_init() }
@@ -2363,15 +6626,17 @@ func file_atoll_proto_init() {
 	if File_atoll_proto != nil {
 		return
 	}
+	file_atoll_proto_msgTypes[32].OneofWrappers = []any{}
+	file_atoll_proto_msgTypes[79].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_atoll_proto_rawDesc), len(file_atoll_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   31,
+			NumMessages:   98,
 			NumExtensions: 0,
-			NumServices:   3,
+			NumServices:   8,
 		},
 		GoTypes:           file_atoll_proto_goTypes,
 		DependencyIndexes: file_atoll_proto_depIdxs,

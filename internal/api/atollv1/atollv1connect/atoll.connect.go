@@ -34,6 +34,16 @@ const (
 	ClusterServiceName = "atoll.v1.ClusterService"
 	// VolumeServiceName is the fully-qualified name of the VolumeService service.
 	VolumeServiceName = "atoll.v1.VolumeService"
+	// VersionServiceName is the fully-qualified name of the VersionService service.
+	VersionServiceName = "atoll.v1.VersionService"
+	// NamespaceServiceName is the fully-qualified name of the NamespaceService service.
+	NamespaceServiceName = "atoll.v1.NamespaceService"
+	// TrashServiceName is the fully-qualified name of the TrashService service.
+	TrashServiceName = "atoll.v1.TrashService"
+	// UserServiceName is the fully-qualified name of the UserService service.
+	UserServiceName = "atoll.v1.UserService"
+	// TaskServiceName is the fully-qualified name of the TaskService service.
+	TaskServiceName = "atoll.v1.TaskService"
 	// DemoServiceName is the fully-qualified name of the DemoService service.
 	DemoServiceName = "atoll.v1.DemoService"
 )
@@ -79,6 +89,96 @@ const (
 	// VolumeServiceCheckVolumeProcedure is the fully-qualified name of the VolumeService's CheckVolume
 	// RPC.
 	VolumeServiceCheckVolumeProcedure = "/atoll.v1.VolumeService/CheckVolume"
+	// VersionServiceCreateVersionProcedure is the fully-qualified name of the VersionService's
+	// CreateVersion RPC.
+	VersionServiceCreateVersionProcedure = "/atoll.v1.VersionService/CreateVersion"
+	// VersionServiceListVersionsProcedure is the fully-qualified name of the VersionService's
+	// ListVersions RPC.
+	VersionServiceListVersionsProcedure = "/atoll.v1.VersionService/ListVersions"
+	// VersionServiceUpdateVersionProcedure is the fully-qualified name of the VersionService's
+	// UpdateVersion RPC.
+	VersionServiceUpdateVersionProcedure = "/atoll.v1.VersionService/UpdateVersion"
+	// VersionServiceDeleteVersionProcedure is the fully-qualified name of the VersionService's
+	// DeleteVersion RPC.
+	VersionServiceDeleteVersionProcedure = "/atoll.v1.VersionService/DeleteVersion"
+	// VersionServiceReleaseVersionProcedure is the fully-qualified name of the VersionService's
+	// ReleaseVersion RPC.
+	VersionServiceReleaseVersionProcedure = "/atoll.v1.VersionService/ReleaseVersion"
+	// VersionServiceRestoreVersionProcedure is the fully-qualified name of the VersionService's
+	// RestoreVersion RPC.
+	VersionServiceRestoreVersionProcedure = "/atoll.v1.VersionService/RestoreVersion"
+	// VersionServiceCloneVersionProcedure is the fully-qualified name of the VersionService's
+	// CloneVersion RPC.
+	VersionServiceCloneVersionProcedure = "/atoll.v1.VersionService/CloneVersion"
+	// VersionServiceFlattenProcedure is the fully-qualified name of the VersionService's Flatten RPC.
+	VersionServiceFlattenProcedure = "/atoll.v1.VersionService/Flatten"
+	// VersionServiceListChildrenProcedure is the fully-qualified name of the VersionService's
+	// ListChildren RPC.
+	VersionServiceListChildrenProcedure = "/atoll.v1.VersionService/ListChildren"
+	// VersionServiceDiffProcedure is the fully-qualified name of the VersionService's Diff RPC.
+	VersionServiceDiffProcedure = "/atoll.v1.VersionService/Diff"
+	// VersionServiceSetScheduleProcedure is the fully-qualified name of the VersionService's
+	// SetSchedule RPC.
+	VersionServiceSetScheduleProcedure = "/atoll.v1.VersionService/SetSchedule"
+	// VersionServiceBeginImportProcedure is the fully-qualified name of the VersionService's
+	// BeginImport RPC.
+	VersionServiceBeginImportProcedure = "/atoll.v1.VersionService/BeginImport"
+	// VersionServiceCommitImportProcedure is the fully-qualified name of the VersionService's
+	// CommitImport RPC.
+	VersionServiceCommitImportProcedure = "/atoll.v1.VersionService/CommitImport"
+	// VersionServiceAbortImportProcedure is the fully-qualified name of the VersionService's
+	// AbortImport RPC.
+	VersionServiceAbortImportProcedure = "/atoll.v1.VersionService/AbortImport"
+	// VersionServiceKeepImportProcedure is the fully-qualified name of the VersionService's KeepImport
+	// RPC.
+	VersionServiceKeepImportProcedure = "/atoll.v1.VersionService/KeepImport"
+	// NamespaceServiceMakeDirectoryProcedure is the fully-qualified name of the NamespaceService's
+	// MakeDirectory RPC.
+	NamespaceServiceMakeDirectoryProcedure = "/atoll.v1.NamespaceService/MakeDirectory"
+	// NamespaceServiceRemoveDirectoryProcedure is the fully-qualified name of the NamespaceService's
+	// RemoveDirectory RPC.
+	NamespaceServiceRemoveDirectoryProcedure = "/atoll.v1.NamespaceService/RemoveDirectory"
+	// NamespaceServiceListDirectoryProcedure is the fully-qualified name of the NamespaceService's
+	// ListDirectory RPC.
+	NamespaceServiceListDirectoryProcedure = "/atoll.v1.NamespaceService/ListDirectory"
+	// NamespaceServiceGetEntryProcedure is the fully-qualified name of the NamespaceService's GetEntry
+	// RPC.
+	NamespaceServiceGetEntryProcedure = "/atoll.v1.NamespaceService/GetEntry"
+	// NamespaceServiceRenameProcedure is the fully-qualified name of the NamespaceService's Rename RPC.
+	NamespaceServiceRenameProcedure = "/atoll.v1.NamespaceService/Rename"
+	// NamespaceServiceChangeOwnerProcedure is the fully-qualified name of the NamespaceService's
+	// ChangeOwner RPC.
+	NamespaceServiceChangeOwnerProcedure = "/atoll.v1.NamespaceService/ChangeOwner"
+	// NamespaceServiceSetPropertiesProcedure is the fully-qualified name of the NamespaceService's
+	// SetProperties RPC.
+	NamespaceServiceSetPropertiesProcedure = "/atoll.v1.NamespaceService/SetProperties"
+	// NamespaceServiceSetLimitsProcedure is the fully-qualified name of the NamespaceService's
+	// SetLimits RPC.
+	NamespaceServiceSetLimitsProcedure = "/atoll.v1.NamespaceService/SetLimits"
+	// TrashServiceMoveToTrashProcedure is the fully-qualified name of the TrashService's MoveToTrash
+	// RPC.
+	TrashServiceMoveToTrashProcedure = "/atoll.v1.TrashService/MoveToTrash"
+	// TrashServiceListTrashProcedure is the fully-qualified name of the TrashService's ListTrash RPC.
+	TrashServiceListTrashProcedure = "/atoll.v1.TrashService/ListTrash"
+	// TrashServiceRestoreTrashProcedure is the fully-qualified name of the TrashService's RestoreTrash
+	// RPC.
+	TrashServiceRestoreTrashProcedure = "/atoll.v1.TrashService/RestoreTrash"
+	// TrashServicePurgeTrashProcedure is the fully-qualified name of the TrashService's PurgeTrash RPC.
+	TrashServicePurgeTrashProcedure = "/atoll.v1.TrashService/PurgeTrash"
+	// UserServiceCreateUserProcedure is the fully-qualified name of the UserService's CreateUser RPC.
+	UserServiceCreateUserProcedure = "/atoll.v1.UserService/CreateUser"
+	// UserServiceListUsersProcedure is the fully-qualified name of the UserService's ListUsers RPC.
+	UserServiceListUsersProcedure = "/atoll.v1.UserService/ListUsers"
+	// UserServiceUpdateUserProcedure is the fully-qualified name of the UserService's UpdateUser RPC.
+	UserServiceUpdateUserProcedure = "/atoll.v1.UserService/UpdateUser"
+	// UserServiceDeleteUserProcedure is the fully-qualified name of the UserService's DeleteUser RPC.
+	UserServiceDeleteUserProcedure = "/atoll.v1.UserService/DeleteUser"
+	// TaskServiceListTasksProcedure is the fully-qualified name of the TaskService's ListTasks RPC.
+	TaskServiceListTasksProcedure = "/atoll.v1.TaskService/ListTasks"
+	// TaskServiceGetTaskProcedure is the fully-qualified name of the TaskService's GetTask RPC.
+	TaskServiceGetTaskProcedure = "/atoll.v1.TaskService/GetTask"
+	// TaskServiceCancelTaskProcedure is the fully-qualified name of the TaskService's CancelTask RPC.
+	TaskServiceCancelTaskProcedure = "/atoll.v1.TaskService/CancelTask"
 	// DemoServiceInjectProcedure is the fully-qualified name of the DemoService's Inject RPC.
 	DemoServiceInjectProcedure = "/atoll.v1.DemoService/Inject"
 	// DemoServiceAddNodeProcedure is the fully-qualified name of the DemoService's AddNode RPC.
@@ -499,6 +599,1148 @@ func (UnimplementedVolumeServiceHandler) DeleteVolume(context.Context, *connect.
 
 func (UnimplementedVolumeServiceHandler) CheckVolume(context.Context, *connect.Request[atollv1.CheckVolumeRequest]) (*connect.Response[atollv1.CheckVolumeResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.VolumeService.CheckVolume is not implemented"))
+}
+
+// VersionServiceClient is a client for the atoll.v1.VersionService service.
+type VersionServiceClient interface {
+	// CreateVersion (backup, snapshot) records the present state of one medium,
+	// or of several at one consistent point. Durable on return.
+	CreateVersion(context.Context, *connect.Request[atollv1.CreateVersionRequest]) (*connect.Response[atollv1.CreateVersionResponse], error)
+	ListVersions(context.Context, *connect.Request[atollv1.ListVersionsRequest]) (*connect.Response[atollv1.ListVersionsResponse], error)
+	// UpdateVersion changes name, memo or protection of a version.
+	UpdateVersion(context.Context, *connect.Request[atollv1.UpdateVersionRequest]) (*connect.Response[atollv1.Version], error)
+	// DeleteVersion removes versions; their room comes back in the background.
+	DeleteVersion(context.Context, *connect.Request[atollv1.DeleteVersionRequest]) (*connect.Response[atollv1.DeleteVersionResponse], error)
+	// ReleaseVersion makes "release" mean this version; "cur" makes one first.
+	ReleaseVersion(context.Context, *connect.Request[atollv1.ReleaseVersionRequest]) (*connect.Response[atollv1.Version], error)
+	// RestoreVersion takes the working state back to a version. Later versions stay.
+	RestoreVersion(context.Context, *connect.Request[atollv1.RestoreVersionRequest]) (*connect.Response[atollv1.RestoreVersionResponse], error)
+	// CloneVersion makes a new medium that begins as a version of another.
+	CloneVersion(context.Context, *connect.Request[atollv1.CloneVersionRequest]) (*connect.Response[atollv1.Volume], error)
+	// Flatten copies what a clone shares with its parent, in the background.
+	Flatten(context.Context, *connect.Request[atollv1.FlattenRequest]) (*connect.Response[atollv1.Task], error)
+	// ListChildren lists the clones of a medium or version.
+	ListChildren(context.Context, *connect.Request[atollv1.ListChildrenRequest]) (*connect.Response[atollv1.ListChildrenResponse], error)
+	// Diff streams what differs between two states, ascending, in whole 4 KiB.
+	Diff(context.Context, *connect.Request[atollv1.DiffRequest]) (*connect.ServerStreamForClient[atollv1.DiffResponse], error)
+	// SetSchedule lets versions be made and thinned out by the clock.
+	SetSchedule(context.Context, *connect.Request[atollv1.SetScheduleRequest]) (*connect.Response[atollv1.SetScheduleResponse], error)
+	// BeginImport prepares a medium to take a difference: it must equal the
+	// version the difference starts from. Commit makes the new version; Abort, or
+	// silence for a minute, takes everything back.
+	BeginImport(context.Context, *connect.Request[atollv1.BeginImportRequest]) (*connect.Response[atollv1.BeginImportResponse], error)
+	CommitImport(context.Context, *connect.Request[atollv1.CommitImportRequest]) (*connect.Response[atollv1.Version], error)
+	AbortImport(context.Context, *connect.Request[atollv1.AbortImportRequest]) (*connect.Response[atollv1.AbortImportResponse], error)
+	// KeepImport tells that the importer is alive.
+	KeepImport(context.Context, *connect.Request[atollv1.KeepImportRequest]) (*connect.Response[atollv1.KeepImportResponse], error)
+}
+
+// NewVersionServiceClient constructs a client for the atoll.v1.VersionService service. By default,
+// it uses the Connect protocol with the binary Protobuf Codec, asks for gzipped responses, and
+// sends uncompressed requests. To use the gRPC or gRPC-Web protocols, supply the connect.WithGRPC()
+// or connect.WithGRPCWeb() options.
+//
+// The URL supplied here should be the base URL for the Connect or gRPC server (for example,
+// http://api.acme.com or https://acme.com/grpc).
+func NewVersionServiceClient(httpClient connect.HTTPClient, baseURL string, opts ...connect.ClientOption) VersionServiceClient {
+	baseURL = strings.TrimRight(baseURL, "/")
+	versionServiceMethods := atollv1.File_atoll_proto.Services().ByName("VersionService").Methods()
+	return &versionServiceClient{
+		createVersion: connect.NewClient[atollv1.CreateVersionRequest, atollv1.CreateVersionResponse](
+			httpClient,
+			baseURL+VersionServiceCreateVersionProcedure,
+			connect.WithSchema(versionServiceMethods.ByName("CreateVersion")),
+			connect.WithClientOptions(opts...),
+		),
+		listVersions: connect.NewClient[atollv1.ListVersionsRequest, atollv1.ListVersionsResponse](
+			httpClient,
+			baseURL+VersionServiceListVersionsProcedure,
+			connect.WithSchema(versionServiceMethods.ByName("ListVersions")),
+			connect.WithClientOptions(opts...),
+		),
+		updateVersion: connect.NewClient[atollv1.UpdateVersionRequest, atollv1.Version](
+			httpClient,
+			baseURL+VersionServiceUpdateVersionProcedure,
+			connect.WithSchema(versionServiceMethods.ByName("UpdateVersion")),
+			connect.WithClientOptions(opts...),
+		),
+		deleteVersion: connect.NewClient[atollv1.DeleteVersionRequest, atollv1.DeleteVersionResponse](
+			httpClient,
+			baseURL+VersionServiceDeleteVersionProcedure,
+			connect.WithSchema(versionServiceMethods.ByName("DeleteVersion")),
+			connect.WithClientOptions(opts...),
+		),
+		releaseVersion: connect.NewClient[atollv1.ReleaseVersionRequest, atollv1.Version](
+			httpClient,
+			baseURL+VersionServiceReleaseVersionProcedure,
+			connect.WithSchema(versionServiceMethods.ByName("ReleaseVersion")),
+			connect.WithClientOptions(opts...),
+		),
+		restoreVersion: connect.NewClient[atollv1.RestoreVersionRequest, atollv1.RestoreVersionResponse](
+			httpClient,
+			baseURL+VersionServiceRestoreVersionProcedure,
+			connect.WithSchema(versionServiceMethods.ByName("RestoreVersion")),
+			connect.WithClientOptions(opts...),
+		),
+		cloneVersion: connect.NewClient[atollv1.CloneVersionRequest, atollv1.Volume](
+			httpClient,
+			baseURL+VersionServiceCloneVersionProcedure,
+			connect.WithSchema(versionServiceMethods.ByName("CloneVersion")),
+			connect.WithClientOptions(opts...),
+		),
+		flatten: connect.NewClient[atollv1.FlattenRequest, atollv1.Task](
+			httpClient,
+			baseURL+VersionServiceFlattenProcedure,
+			connect.WithSchema(versionServiceMethods.ByName("Flatten")),
+			connect.WithClientOptions(opts...),
+		),
+		listChildren: connect.NewClient[atollv1.ListChildrenRequest, atollv1.ListChildrenResponse](
+			httpClient,
+			baseURL+VersionServiceListChildrenProcedure,
+			connect.WithSchema(versionServiceMethods.ByName("ListChildren")),
+			connect.WithClientOptions(opts...),
+		),
+		diff: connect.NewClient[atollv1.DiffRequest, atollv1.DiffResponse](
+			httpClient,
+			baseURL+VersionServiceDiffProcedure,
+			connect.WithSchema(versionServiceMethods.ByName("Diff")),
+			connect.WithClientOptions(opts...),
+		),
+		setSchedule: connect.NewClient[atollv1.SetScheduleRequest, atollv1.SetScheduleResponse](
+			httpClient,
+			baseURL+VersionServiceSetScheduleProcedure,
+			connect.WithSchema(versionServiceMethods.ByName("SetSchedule")),
+			connect.WithClientOptions(opts...),
+		),
+		beginImport: connect.NewClient[atollv1.BeginImportRequest, atollv1.BeginImportResponse](
+			httpClient,
+			baseURL+VersionServiceBeginImportProcedure,
+			connect.WithSchema(versionServiceMethods.ByName("BeginImport")),
+			connect.WithClientOptions(opts...),
+		),
+		commitImport: connect.NewClient[atollv1.CommitImportRequest, atollv1.Version](
+			httpClient,
+			baseURL+VersionServiceCommitImportProcedure,
+			connect.WithSchema(versionServiceMethods.ByName("CommitImport")),
+			connect.WithClientOptions(opts...),
+		),
+		abortImport: connect.NewClient[atollv1.AbortImportRequest, atollv1.AbortImportResponse](
+			httpClient,
+			baseURL+VersionServiceAbortImportProcedure,
+			connect.WithSchema(versionServiceMethods.ByName("AbortImport")),
+			connect.WithClientOptions(opts...),
+		),
+		keepImport: connect.NewClient[atollv1.KeepImportRequest, atollv1.KeepImportResponse](
+			httpClient,
+			baseURL+VersionServiceKeepImportProcedure,
+			connect.WithSchema(versionServiceMethods.ByName("KeepImport")),
+			connect.WithClientOptions(opts...),
+		),
+	}
+}
+
+// versionServiceClient implements VersionServiceClient.
+type versionServiceClient struct {
+	createVersion  *connect.Client[atollv1.CreateVersionRequest, atollv1.CreateVersionResponse]
+	listVersions   *connect.Client[atollv1.ListVersionsRequest, atollv1.ListVersionsResponse]
+	updateVersion  *connect.Client[atollv1.UpdateVersionRequest, atollv1.Version]
+	deleteVersion  *connect.Client[atollv1.DeleteVersionRequest, atollv1.DeleteVersionResponse]
+	releaseVersion *connect.Client[atollv1.ReleaseVersionRequest, atollv1.Version]
+	restoreVersion *connect.Client[atollv1.RestoreVersionRequest, atollv1.RestoreVersionResponse]
+	cloneVersion   *connect.Client[atollv1.CloneVersionRequest, atollv1.Volume]
+	flatten        *connect.Client[atollv1.FlattenRequest, atollv1.Task]
+	listChildren   *connect.Client[atollv1.ListChildrenRequest, atollv1.ListChildrenResponse]
+	diff           *connect.Client[atollv1.DiffRequest, atollv1.DiffResponse]
+	setSchedule    *connect.Client[atollv1.SetScheduleRequest, atollv1.SetScheduleResponse]
+	beginImport    *connect.Client[atollv1.BeginImportRequest, atollv1.BeginImportResponse]
+	commitImport   *connect.Client[atollv1.CommitImportRequest, atollv1.Version]
+	abortImport    *connect.Client[atollv1.AbortImportRequest, atollv1.AbortImportResponse]
+	keepImport     *connect.Client[atollv1.KeepImportRequest, atollv1.KeepImportResponse]
+}
+
+// CreateVersion calls atoll.v1.VersionService.CreateVersion.
+func (c *versionServiceClient) CreateVersion(ctx context.Context, req *connect.Request[atollv1.CreateVersionRequest]) (*connect.Response[atollv1.CreateVersionResponse], error) {
+	return c.createVersion.CallUnary(ctx, req)
+}
+
+// ListVersions calls atoll.v1.VersionService.ListVersions.
+func (c *versionServiceClient) ListVersions(ctx context.Context, req *connect.Request[atollv1.ListVersionsRequest]) (*connect.Response[atollv1.ListVersionsResponse], error) {
+	return c.listVersions.CallUnary(ctx, req)
+}
+
+// UpdateVersion calls atoll.v1.VersionService.UpdateVersion.
+func (c *versionServiceClient) UpdateVersion(ctx context.Context, req *connect.Request[atollv1.UpdateVersionRequest]) (*connect.Response[atollv1.Version], error) {
+	return c.updateVersion.CallUnary(ctx, req)
+}
+
+// DeleteVersion calls atoll.v1.VersionService.DeleteVersion.
+func (c *versionServiceClient) DeleteVersion(ctx context.Context, req *connect.Request[atollv1.DeleteVersionRequest]) (*connect.Response[atollv1.DeleteVersionResponse], error) {
+	return c.deleteVersion.CallUnary(ctx, req)
+}
+
+// ReleaseVersion calls atoll.v1.VersionService.ReleaseVersion.
+func (c *versionServiceClient) ReleaseVersion(ctx context.Context, req *connect.Request[atollv1.ReleaseVersionRequest]) (*connect.Response[atollv1.Version], error) {
+	return c.releaseVersion.CallUnary(ctx, req)
+}
+
+// RestoreVersion calls atoll.v1.VersionService.RestoreVersion.
+func (c *versionServiceClient) RestoreVersion(ctx context.Context, req *connect.Request[atollv1.RestoreVersionRequest]) (*connect.Response[atollv1.RestoreVersionResponse], error) {
+	return c.restoreVersion.CallUnary(ctx, req)
+}
+
+// CloneVersion calls atoll.v1.VersionService.CloneVersion.
+func (c *versionServiceClient) CloneVersion(ctx context.Context, req *connect.Request[atollv1.CloneVersionRequest]) (*connect.Response[atollv1.Volume], error) {
+	return c.cloneVersion.CallUnary(ctx, req)
+}
+
+// Flatten calls atoll.v1.VersionService.Flatten.
+func (c *versionServiceClient) Flatten(ctx context.Context, req *connect.Request[atollv1.FlattenRequest]) (*connect.Response[atollv1.Task], error) {
+	return c.flatten.CallUnary(ctx, req)
+}
+
+// ListChildren calls atoll.v1.VersionService.ListChildren.
+func (c *versionServiceClient) ListChildren(ctx context.Context, req *connect.Request[atollv1.ListChildrenRequest]) (*connect.Response[atollv1.ListChildrenResponse], error) {
+	return c.listChildren.CallUnary(ctx, req)
+}
+
+// Diff calls atoll.v1.VersionService.Diff.
+func (c *versionServiceClient) Diff(ctx context.Context, req *connect.Request[atollv1.DiffRequest]) (*connect.ServerStreamForClient[atollv1.DiffResponse], error) {
+	return c.diff.CallServerStream(ctx, req)
+}
+
+// SetSchedule calls atoll.v1.VersionService.SetSchedule.
+func (c *versionServiceClient) SetSchedule(ctx context.Context, req *connect.Request[atollv1.SetScheduleRequest]) (*connect.Response[atollv1.SetScheduleResponse], error) {
+	return c.setSchedule.CallUnary(ctx, req)
+}
+
+// BeginImport calls atoll.v1.VersionService.BeginImport.
+func (c *versionServiceClient) BeginImport(ctx context.Context, req *connect.Request[atollv1.BeginImportRequest]) (*connect.Response[atollv1.BeginImportResponse], error) {
+	return c.beginImport.CallUnary(ctx, req)
+}
+
+// CommitImport calls atoll.v1.VersionService.CommitImport.
+func (c *versionServiceClient) CommitImport(ctx context.Context, req *connect.Request[atollv1.CommitImportRequest]) (*connect.Response[atollv1.Version], error) {
+	return c.commitImport.CallUnary(ctx, req)
+}
+
+// AbortImport calls atoll.v1.VersionService.AbortImport.
+func (c *versionServiceClient) AbortImport(ctx context.Context, req *connect.Request[atollv1.AbortImportRequest]) (*connect.Response[atollv1.AbortImportResponse], error) {
+	return c.abortImport.CallUnary(ctx, req)
+}
+
+// KeepImport calls atoll.v1.VersionService.KeepImport.
+func (c *versionServiceClient) KeepImport(ctx context.Context, req *connect.Request[atollv1.KeepImportRequest]) (*connect.Response[atollv1.KeepImportResponse], error) {
+	return c.keepImport.CallUnary(ctx, req)
+}
+
+// VersionServiceHandler is an implementation of the atoll.v1.VersionService service.
+type VersionServiceHandler interface {
+	// CreateVersion (backup, snapshot) records the present state of one medium,
+	// or of several at one consistent point. Durable on return.
+	CreateVersion(context.Context, *connect.Request[atollv1.CreateVersionRequest]) (*connect.Response[atollv1.CreateVersionResponse], error)
+	ListVersions(context.Context, *connect.Request[atollv1.ListVersionsRequest]) (*connect.Response[atollv1.ListVersionsResponse], error)
+	// UpdateVersion changes name, memo or protection of a version.
+	UpdateVersion(context.Context, *connect.Request[atollv1.UpdateVersionRequest]) (*connect.Response[atollv1.Version], error)
+	// DeleteVersion removes versions; their room comes back in the background.
+	DeleteVersion(context.Context, *connect.Request[atollv1.DeleteVersionRequest]) (*connect.Response[atollv1.DeleteVersionResponse], error)
+	// ReleaseVersion makes "release" mean this version; "cur" makes one first.
+	ReleaseVersion(context.Context, *connect.Request[atollv1.ReleaseVersionRequest]) (*connect.Response[atollv1.Version], error)
+	// RestoreVersion takes the working state back to a version. Later versions stay.
+	RestoreVersion(context.Context, *connect.Request[atollv1.RestoreVersionRequest]) (*connect.Response[atollv1.RestoreVersionResponse], error)
+	// CloneVersion makes a new medium that begins as a version of another.
+	CloneVersion(context.Context, *connect.Request[atollv1.CloneVersionRequest]) (*connect.Response[atollv1.Volume], error)
+	// Flatten copies what a clone shares with its parent, in the background.
+	Flatten(context.Context, *connect.Request[atollv1.FlattenRequest]) (*connect.Response[atollv1.Task], error)
+	// ListChildren lists the clones of a medium or version.
+	ListChildren(context.Context, *connect.Request[atollv1.ListChildrenRequest]) (*connect.Response[atollv1.ListChildrenResponse], error)
+	// Diff streams what differs between two states, ascending, in whole 4 KiB.
+	Diff(context.Context, *connect.Request[atollv1.DiffRequest], *connect.ServerStream[atollv1.DiffResponse]) error
+	// SetSchedule lets versions be made and thinned out by the clock.
+	SetSchedule(context.Context, *connect.Request[atollv1.SetScheduleRequest]) (*connect.Response[atollv1.SetScheduleResponse], error)
+	// BeginImport prepares a medium to take a difference: it must equal the
+	// version the difference starts from. Commit makes the new version; Abort, or
+	// silence for a minute, takes everything back.
+	BeginImport(context.Context, *connect.Request[atollv1.BeginImportRequest]) (*connect.Response[atollv1.BeginImportResponse], error)
+	CommitImport(context.Context, *connect.Request[atollv1.CommitImportRequest]) (*connect.Response[atollv1.Version], error)
+	AbortImport(context.Context, *connect.Request[atollv1.AbortImportRequest]) (*connect.Response[atollv1.AbortImportResponse], error)
+	// KeepImport tells that the importer is alive.
+	KeepImport(context.Context, *connect.Request[atollv1.KeepImportRequest]) (*connect.Response[atollv1.KeepImportResponse], error)
+}
+
+// NewVersionServiceHandler builds an HTTP handler from the service implementation. It returns the
+// path on which to mount the handler and the handler itself.
+//
+// By default, handlers support the Connect, gRPC, and gRPC-Web protocols with the binary Protobuf
+// and JSON codecs. They also support gzip compression.
+func NewVersionServiceHandler(svc VersionServiceHandler, opts ...connect.HandlerOption) (string, http.Handler) {
+	versionServiceMethods := atollv1.File_atoll_proto.Services().ByName("VersionService").Methods()
+	versionServiceCreateVersionHandler := connect.NewUnaryHandler(
+		VersionServiceCreateVersionProcedure,
+		svc.CreateVersion,
+		connect.WithSchema(versionServiceMethods.ByName("CreateVersion")),
+		connect.WithHandlerOptions(opts...),
+	)
+	versionServiceListVersionsHandler := connect.NewUnaryHandler(
+		VersionServiceListVersionsProcedure,
+		svc.ListVersions,
+		connect.WithSchema(versionServiceMethods.ByName("ListVersions")),
+		connect.WithHandlerOptions(opts...),
+	)
+	versionServiceUpdateVersionHandler := connect.NewUnaryHandler(
+		VersionServiceUpdateVersionProcedure,
+		svc.UpdateVersion,
+		connect.WithSchema(versionServiceMethods.ByName("UpdateVersion")),
+		connect.WithHandlerOptions(opts...),
+	)
+	versionServiceDeleteVersionHandler := connect.NewUnaryHandler(
+		VersionServiceDeleteVersionProcedure,
+		svc.DeleteVersion,
+		connect.WithSchema(versionServiceMethods.ByName("DeleteVersion")),
+		connect.WithHandlerOptions(opts...),
+	)
+	versionServiceReleaseVersionHandler := connect.NewUnaryHandler(
+		VersionServiceReleaseVersionProcedure,
+		svc.ReleaseVersion,
+		connect.WithSchema(versionServiceMethods.ByName("ReleaseVersion")),
+		connect.WithHandlerOptions(opts...),
+	)
+	versionServiceRestoreVersionHandler := connect.NewUnaryHandler(
+		VersionServiceRestoreVersionProcedure,
+		svc.RestoreVersion,
+		connect.WithSchema(versionServiceMethods.ByName("RestoreVersion")),
+		connect.WithHandlerOptions(opts...),
+	)
+	versionServiceCloneVersionHandler := connect.NewUnaryHandler(
+		VersionServiceCloneVersionProcedure,
+		svc.CloneVersion,
+		connect.WithSchema(versionServiceMethods.ByName("CloneVersion")),
+		connect.WithHandlerOptions(opts...),
+	)
+	versionServiceFlattenHandler := connect.NewUnaryHandler(
+		VersionServiceFlattenProcedure,
+		svc.Flatten,
+		connect.WithSchema(versionServiceMethods.ByName("Flatten")),
+		connect.WithHandlerOptions(opts...),
+	)
+	versionServiceListChildrenHandler := connect.NewUnaryHandler(
+		VersionServiceListChildrenProcedure,
+		svc.ListChildren,
+		connect.WithSchema(versionServiceMethods.ByName("ListChildren")),
+		connect.WithHandlerOptions(opts...),
+	)
+	versionServiceDiffHandler := connect.NewServerStreamHandler(
+		VersionServiceDiffProcedure,
+		svc.Diff,
+		connect.WithSchema(versionServiceMethods.ByName("Diff")),
+		connect.WithHandlerOptions(opts...),
+	)
+	versionServiceSetScheduleHandler := connect.NewUnaryHandler(
+		VersionServiceSetScheduleProcedure,
+		svc.SetSchedule,
+		connect.WithSchema(versionServiceMethods.ByName("SetSchedule")),
+		connect.WithHandlerOptions(opts...),
+	)
+	versionServiceBeginImportHandler := connect.NewUnaryHandler(
+		VersionServiceBeginImportProcedure,
+		svc.BeginImport,
+		connect.WithSchema(versionServiceMethods.ByName("BeginImport")),
+		connect.WithHandlerOptions(opts...),
+	)
+	versionServiceCommitImportHandler := connect.NewUnaryHandler(
+		VersionServiceCommitImportProcedure,
+		svc.CommitImport,
+		connect.WithSchema(versionServiceMethods.ByName("CommitImport")),
+		connect.WithHandlerOptions(opts...),
+	)
+	versionServiceAbortImportHandler := connect.NewUnaryHandler(
+		VersionServiceAbortImportProcedure,
+		svc.AbortImport,
+		connect.WithSchema(versionServiceMethods.ByName("AbortImport")),
+		connect.WithHandlerOptions(opts...),
+	)
+	versionServiceKeepImportHandler := connect.NewUnaryHandler(
+		VersionServiceKeepImportProcedure,
+		svc.KeepImport,
+		connect.WithSchema(versionServiceMethods.ByName("KeepImport")),
+		connect.WithHandlerOptions(opts...),
+	)
+	return "/atoll.v1.VersionService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch r.URL.Path {
+		case VersionServiceCreateVersionProcedure:
+			versionServiceCreateVersionHandler.ServeHTTP(w, r)
+		case VersionServiceListVersionsProcedure:
+			versionServiceListVersionsHandler.ServeHTTP(w, r)
+		case VersionServiceUpdateVersionProcedure:
+			versionServiceUpdateVersionHandler.ServeHTTP(w, r)
+		case VersionServiceDeleteVersionProcedure:
+			versionServiceDeleteVersionHandler.ServeHTTP(w, r)
+		case VersionServiceReleaseVersionProcedure:
+			versionServiceReleaseVersionHandler.ServeHTTP(w, r)
+		case VersionServiceRestoreVersionProcedure:
+			versionServiceRestoreVersionHandler.ServeHTTP(w, r)
+		case VersionServiceCloneVersionProcedure:
+			versionServiceCloneVersionHandler.ServeHTTP(w, r)
+		case VersionServiceFlattenProcedure:
+			versionServiceFlattenHandler.ServeHTTP(w, r)
+		case VersionServiceListChildrenProcedure:
+			versionServiceListChildrenHandler.ServeHTTP(w, r)
+		case VersionServiceDiffProcedure:
+			versionServiceDiffHandler.ServeHTTP(w, r)
+		case VersionServiceSetScheduleProcedure:
+			versionServiceSetScheduleHandler.ServeHTTP(w, r)
+		case VersionServiceBeginImportProcedure:
+			versionServiceBeginImportHandler.ServeHTTP(w, r)
+		case VersionServiceCommitImportProcedure:
+			versionServiceCommitImportHandler.ServeHTTP(w, r)
+		case VersionServiceAbortImportProcedure:
+			versionServiceAbortImportHandler.ServeHTTP(w, r)
+		case VersionServiceKeepImportProcedure:
+			versionServiceKeepImportHandler.ServeHTTP(w, r)
+		default:
+			http.NotFound(w, r)
+		}
+	})
+}
+
+// UnimplementedVersionServiceHandler returns CodeUnimplemented from all methods.
+type UnimplementedVersionServiceHandler struct{}
+
+func (UnimplementedVersionServiceHandler) CreateVersion(context.Context, *connect.Request[atollv1.CreateVersionRequest]) (*connect.Response[atollv1.CreateVersionResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.VersionService.CreateVersion is not implemented"))
+}
+
+func (UnimplementedVersionServiceHandler) ListVersions(context.Context, *connect.Request[atollv1.ListVersionsRequest]) (*connect.Response[atollv1.ListVersionsResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.VersionService.ListVersions is not implemented"))
+}
+
+func (UnimplementedVersionServiceHandler) UpdateVersion(context.Context, *connect.Request[atollv1.UpdateVersionRequest]) (*connect.Response[atollv1.Version], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.VersionService.UpdateVersion is not implemented"))
+}
+
+func (UnimplementedVersionServiceHandler) DeleteVersion(context.Context, *connect.Request[atollv1.DeleteVersionRequest]) (*connect.Response[atollv1.DeleteVersionResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.VersionService.DeleteVersion is not implemented"))
+}
+
+func (UnimplementedVersionServiceHandler) ReleaseVersion(context.Context, *connect.Request[atollv1.ReleaseVersionRequest]) (*connect.Response[atollv1.Version], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.VersionService.ReleaseVersion is not implemented"))
+}
+
+func (UnimplementedVersionServiceHandler) RestoreVersion(context.Context, *connect.Request[atollv1.RestoreVersionRequest]) (*connect.Response[atollv1.RestoreVersionResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.VersionService.RestoreVersion is not implemented"))
+}
+
+func (UnimplementedVersionServiceHandler) CloneVersion(context.Context, *connect.Request[atollv1.CloneVersionRequest]) (*connect.Response[atollv1.Volume], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.VersionService.CloneVersion is not implemented"))
+}
+
+func (UnimplementedVersionServiceHandler) Flatten(context.Context, *connect.Request[atollv1.FlattenRequest]) (*connect.Response[atollv1.Task], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.VersionService.Flatten is not implemented"))
+}
+
+func (UnimplementedVersionServiceHandler) ListChildren(context.Context, *connect.Request[atollv1.ListChildrenRequest]) (*connect.Response[atollv1.ListChildrenResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.VersionService.ListChildren is not implemented"))
+}
+
+func (UnimplementedVersionServiceHandler) Diff(context.Context, *connect.Request[atollv1.DiffRequest], *connect.ServerStream[atollv1.DiffResponse]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.VersionService.Diff is not implemented"))
+}
+
+func (UnimplementedVersionServiceHandler) SetSchedule(context.Context, *connect.Request[atollv1.SetScheduleRequest]) (*connect.Response[atollv1.SetScheduleResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.VersionService.SetSchedule is not implemented"))
+}
+
+func (UnimplementedVersionServiceHandler) BeginImport(context.Context, *connect.Request[atollv1.BeginImportRequest]) (*connect.Response[atollv1.BeginImportResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.VersionService.BeginImport is not implemented"))
+}
+
+func (UnimplementedVersionServiceHandler) CommitImport(context.Context, *connect.Request[atollv1.CommitImportRequest]) (*connect.Response[atollv1.Version], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.VersionService.CommitImport is not implemented"))
+}
+
+func (UnimplementedVersionServiceHandler) AbortImport(context.Context, *connect.Request[atollv1.AbortImportRequest]) (*connect.Response[atollv1.AbortImportResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.VersionService.AbortImport is not implemented"))
+}
+
+func (UnimplementedVersionServiceHandler) KeepImport(context.Context, *connect.Request[atollv1.KeepImportRequest]) (*connect.Response[atollv1.KeepImportResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.VersionService.KeepImport is not implemented"))
+}
+
+// NamespaceServiceClient is a client for the atoll.v1.NamespaceService service.
+type NamespaceServiceClient interface {
+	MakeDirectory(context.Context, *connect.Request[atollv1.MakeDirectoryRequest]) (*connect.Response[atollv1.Entry], error)
+	RemoveDirectory(context.Context, *connect.Request[atollv1.RemoveDirectoryRequest]) (*connect.Response[atollv1.RemoveDirectoryResponse], error)
+	ListDirectory(context.Context, *connect.Request[atollv1.ListDirectoryRequest]) (*connect.Response[atollv1.ListDirectoryResponse], error)
+	GetEntry(context.Context, *connect.Request[atollv1.GetEntryRequest]) (*connect.Response[atollv1.Entry], error)
+	// Rename moves a medium. With replace, one of the new name goes to the trash.
+	Rename(context.Context, *connect.Request[atollv1.RenameRequest]) (*connect.Response[atollv1.Entry], error)
+	ChangeOwner(context.Context, *connect.Request[atollv1.ChangeOwnerRequest]) (*connect.Response[atollv1.Entry], error)
+	// SetProperties changes a medium's free properties; an empty value removes one.
+	SetProperties(context.Context, *connect.Request[atollv1.SetPropertiesRequest]) (*connect.Response[atollv1.Entry], error)
+	// SetLimits changes a volume's limits of operations and bytes per second.
+	SetLimits(context.Context, *connect.Request[atollv1.SetLimitsRequest]) (*connect.Response[atollv1.Limits], error)
+}
+
+// NewNamespaceServiceClient constructs a client for the atoll.v1.NamespaceService service. By
+// default, it uses the Connect protocol with the binary Protobuf Codec, asks for gzipped responses,
+// and sends uncompressed requests. To use the gRPC or gRPC-Web protocols, supply the
+// connect.WithGRPC() or connect.WithGRPCWeb() options.
+//
+// The URL supplied here should be the base URL for the Connect or gRPC server (for example,
+// http://api.acme.com or https://acme.com/grpc).
+func NewNamespaceServiceClient(httpClient connect.HTTPClient, baseURL string, opts ...connect.ClientOption) NamespaceServiceClient {
+	baseURL = strings.TrimRight(baseURL, "/")
+	namespaceServiceMethods := atollv1.File_atoll_proto.Services().ByName("NamespaceService").Methods()
+	return &namespaceServiceClient{
+		makeDirectory: connect.NewClient[atollv1.MakeDirectoryRequest, atollv1.Entry](
+			httpClient,
+			baseURL+NamespaceServiceMakeDirectoryProcedure,
+			connect.WithSchema(namespaceServiceMethods.ByName("MakeDirectory")),
+			connect.WithClientOptions(opts...),
+		),
+		removeDirectory: connect.NewClient[atollv1.RemoveDirectoryRequest, atollv1.RemoveDirectoryResponse](
+			httpClient,
+			baseURL+NamespaceServiceRemoveDirectoryProcedure,
+			connect.WithSchema(namespaceServiceMethods.ByName("RemoveDirectory")),
+			connect.WithClientOptions(opts...),
+		),
+		listDirectory: connect.NewClient[atollv1.ListDirectoryRequest, atollv1.ListDirectoryResponse](
+			httpClient,
+			baseURL+NamespaceServiceListDirectoryProcedure,
+			connect.WithSchema(namespaceServiceMethods.ByName("ListDirectory")),
+			connect.WithClientOptions(opts...),
+		),
+		getEntry: connect.NewClient[atollv1.GetEntryRequest, atollv1.Entry](
+			httpClient,
+			baseURL+NamespaceServiceGetEntryProcedure,
+			connect.WithSchema(namespaceServiceMethods.ByName("GetEntry")),
+			connect.WithClientOptions(opts...),
+		),
+		rename: connect.NewClient[atollv1.RenameRequest, atollv1.Entry](
+			httpClient,
+			baseURL+NamespaceServiceRenameProcedure,
+			connect.WithSchema(namespaceServiceMethods.ByName("Rename")),
+			connect.WithClientOptions(opts...),
+		),
+		changeOwner: connect.NewClient[atollv1.ChangeOwnerRequest, atollv1.Entry](
+			httpClient,
+			baseURL+NamespaceServiceChangeOwnerProcedure,
+			connect.WithSchema(namespaceServiceMethods.ByName("ChangeOwner")),
+			connect.WithClientOptions(opts...),
+		),
+		setProperties: connect.NewClient[atollv1.SetPropertiesRequest, atollv1.Entry](
+			httpClient,
+			baseURL+NamespaceServiceSetPropertiesProcedure,
+			connect.WithSchema(namespaceServiceMethods.ByName("SetProperties")),
+			connect.WithClientOptions(opts...),
+		),
+		setLimits: connect.NewClient[atollv1.SetLimitsRequest, atollv1.Limits](
+			httpClient,
+			baseURL+NamespaceServiceSetLimitsProcedure,
+			connect.WithSchema(namespaceServiceMethods.ByName("SetLimits")),
+			connect.WithClientOptions(opts...),
+		),
+	}
+}
+
+// namespaceServiceClient implements NamespaceServiceClient.
+type namespaceServiceClient struct {
+	makeDirectory   *connect.Client[atollv1.MakeDirectoryRequest, atollv1.Entry]
+	removeDirectory *connect.Client[atollv1.RemoveDirectoryRequest, atollv1.RemoveDirectoryResponse]
+	listDirectory   *connect.Client[atollv1.ListDirectoryRequest, atollv1.ListDirectoryResponse]
+	getEntry        *connect.Client[atollv1.GetEntryRequest, atollv1.Entry]
+	rename          *connect.Client[atollv1.RenameRequest, atollv1.Entry]
+	changeOwner     *connect.Client[atollv1.ChangeOwnerRequest, atollv1.Entry]
+	setProperties   *connect.Client[atollv1.SetPropertiesRequest, atollv1.Entry]
+	setLimits       *connect.Client[atollv1.SetLimitsRequest, atollv1.Limits]
+}
+
+// MakeDirectory calls atoll.v1.NamespaceService.MakeDirectory.
+func (c *namespaceServiceClient) MakeDirectory(ctx context.Context, req *connect.Request[atollv1.MakeDirectoryRequest]) (*connect.Response[atollv1.Entry], error) {
+	return c.makeDirectory.CallUnary(ctx, req)
+}
+
+// RemoveDirectory calls atoll.v1.NamespaceService.RemoveDirectory.
+func (c *namespaceServiceClient) RemoveDirectory(ctx context.Context, req *connect.Request[atollv1.RemoveDirectoryRequest]) (*connect.Response[atollv1.RemoveDirectoryResponse], error) {
+	return c.removeDirectory.CallUnary(ctx, req)
+}
+
+// ListDirectory calls atoll.v1.NamespaceService.ListDirectory.
+func (c *namespaceServiceClient) ListDirectory(ctx context.Context, req *connect.Request[atollv1.ListDirectoryRequest]) (*connect.Response[atollv1.ListDirectoryResponse], error) {
+	return c.listDirectory.CallUnary(ctx, req)
+}
+
+// GetEntry calls atoll.v1.NamespaceService.GetEntry.
+func (c *namespaceServiceClient) GetEntry(ctx context.Context, req *connect.Request[atollv1.GetEntryRequest]) (*connect.Response[atollv1.Entry], error) {
+	return c.getEntry.CallUnary(ctx, req)
+}
+
+// Rename calls atoll.v1.NamespaceService.Rename.
+func (c *namespaceServiceClient) Rename(ctx context.Context, req *connect.Request[atollv1.RenameRequest]) (*connect.Response[atollv1.Entry], error) {
+	return c.rename.CallUnary(ctx, req)
+}
+
+// ChangeOwner calls atoll.v1.NamespaceService.ChangeOwner.
+func (c *namespaceServiceClient) ChangeOwner(ctx context.Context, req *connect.Request[atollv1.ChangeOwnerRequest]) (*connect.Response[atollv1.Entry], error) {
+	return c.changeOwner.CallUnary(ctx, req)
+}
+
+// SetProperties calls atoll.v1.NamespaceService.SetProperties.
+func (c *namespaceServiceClient) SetProperties(ctx context.Context, req *connect.Request[atollv1.SetPropertiesRequest]) (*connect.Response[atollv1.Entry], error) {
+	return c.setProperties.CallUnary(ctx, req)
+}
+
+// SetLimits calls atoll.v1.NamespaceService.SetLimits.
+func (c *namespaceServiceClient) SetLimits(ctx context.Context, req *connect.Request[atollv1.SetLimitsRequest]) (*connect.Response[atollv1.Limits], error) {
+	return c.setLimits.CallUnary(ctx, req)
+}
+
+// NamespaceServiceHandler is an implementation of the atoll.v1.NamespaceService service.
+type NamespaceServiceHandler interface {
+	MakeDirectory(context.Context, *connect.Request[atollv1.MakeDirectoryRequest]) (*connect.Response[atollv1.Entry], error)
+	RemoveDirectory(context.Context, *connect.Request[atollv1.RemoveDirectoryRequest]) (*connect.Response[atollv1.RemoveDirectoryResponse], error)
+	ListDirectory(context.Context, *connect.Request[atollv1.ListDirectoryRequest]) (*connect.Response[atollv1.ListDirectoryResponse], error)
+	GetEntry(context.Context, *connect.Request[atollv1.GetEntryRequest]) (*connect.Response[atollv1.Entry], error)
+	// Rename moves a medium. With replace, one of the new name goes to the trash.
+	Rename(context.Context, *connect.Request[atollv1.RenameRequest]) (*connect.Response[atollv1.Entry], error)
+	ChangeOwner(context.Context, *connect.Request[atollv1.ChangeOwnerRequest]) (*connect.Response[atollv1.Entry], error)
+	// SetProperties changes a medium's free properties; an empty value removes one.
+	SetProperties(context.Context, *connect.Request[atollv1.SetPropertiesRequest]) (*connect.Response[atollv1.Entry], error)
+	// SetLimits changes a volume's limits of operations and bytes per second.
+	SetLimits(context.Context, *connect.Request[atollv1.SetLimitsRequest]) (*connect.Response[atollv1.Limits], error)
+}
+
+// NewNamespaceServiceHandler builds an HTTP handler from the service implementation. It returns the
+// path on which to mount the handler and the handler itself.
+//
+// By default, handlers support the Connect, gRPC, and gRPC-Web protocols with the binary Protobuf
+// and JSON codecs. They also support gzip compression.
+func NewNamespaceServiceHandler(svc NamespaceServiceHandler, opts ...connect.HandlerOption) (string, http.Handler) {
+	namespaceServiceMethods := atollv1.File_atoll_proto.Services().ByName("NamespaceService").Methods()
+	namespaceServiceMakeDirectoryHandler := connect.NewUnaryHandler(
+		NamespaceServiceMakeDirectoryProcedure,
+		svc.MakeDirectory,
+		connect.WithSchema(namespaceServiceMethods.ByName("MakeDirectory")),
+		connect.WithHandlerOptions(opts...),
+	)
+	namespaceServiceRemoveDirectoryHandler := connect.NewUnaryHandler(
+		NamespaceServiceRemoveDirectoryProcedure,
+		svc.RemoveDirectory,
+		connect.WithSchema(namespaceServiceMethods.ByName("RemoveDirectory")),
+		connect.WithHandlerOptions(opts...),
+	)
+	namespaceServiceListDirectoryHandler := connect.NewUnaryHandler(
+		NamespaceServiceListDirectoryProcedure,
+		svc.ListDirectory,
+		connect.WithSchema(namespaceServiceMethods.ByName("ListDirectory")),
+		connect.WithHandlerOptions(opts...),
+	)
+	namespaceServiceGetEntryHandler := connect.NewUnaryHandler(
+		NamespaceServiceGetEntryProcedure,
+		svc.GetEntry,
+		connect.WithSchema(namespaceServiceMethods.ByName("GetEntry")),
+		connect.WithHandlerOptions(opts...),
+	)
+	namespaceServiceRenameHandler := connect.NewUnaryHandler(
+		NamespaceServiceRenameProcedure,
+		svc.Rename,
+		connect.WithSchema(namespaceServiceMethods.ByName("Rename")),
+		connect.WithHandlerOptions(opts...),
+	)
+	namespaceServiceChangeOwnerHandler := connect.NewUnaryHandler(
+		NamespaceServiceChangeOwnerProcedure,
+		svc.ChangeOwner,
+		connect.WithSchema(namespaceServiceMethods.ByName("ChangeOwner")),
+		connect.WithHandlerOptions(opts...),
+	)
+	namespaceServiceSetPropertiesHandler := connect.NewUnaryHandler(
+		NamespaceServiceSetPropertiesProcedure,
+		svc.SetProperties,
+		connect.WithSchema(namespaceServiceMethods.ByName("SetProperties")),
+		connect.WithHandlerOptions(opts...),
+	)
+	namespaceServiceSetLimitsHandler := connect.NewUnaryHandler(
+		NamespaceServiceSetLimitsProcedure,
+		svc.SetLimits,
+		connect.WithSchema(namespaceServiceMethods.ByName("SetLimits")),
+		connect.WithHandlerOptions(opts...),
+	)
+	return "/atoll.v1.NamespaceService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch r.URL.Path {
+		case NamespaceServiceMakeDirectoryProcedure:
+			namespaceServiceMakeDirectoryHandler.ServeHTTP(w, r)
+		case NamespaceServiceRemoveDirectoryProcedure:
+			namespaceServiceRemoveDirectoryHandler.ServeHTTP(w, r)
+		case NamespaceServiceListDirectoryProcedure:
+			namespaceServiceListDirectoryHandler.ServeHTTP(w, r)
+		case NamespaceServiceGetEntryProcedure:
+			namespaceServiceGetEntryHandler.ServeHTTP(w, r)
+		case NamespaceServiceRenameProcedure:
+			namespaceServiceRenameHandler.ServeHTTP(w, r)
+		case NamespaceServiceChangeOwnerProcedure:
+			namespaceServiceChangeOwnerHandler.ServeHTTP(w, r)
+		case NamespaceServiceSetPropertiesProcedure:
+			namespaceServiceSetPropertiesHandler.ServeHTTP(w, r)
+		case NamespaceServiceSetLimitsProcedure:
+			namespaceServiceSetLimitsHandler.ServeHTTP(w, r)
+		default:
+			http.NotFound(w, r)
+		}
+	})
+}
+
+// UnimplementedNamespaceServiceHandler returns CodeUnimplemented from all methods.
+type UnimplementedNamespaceServiceHandler struct{}
+
+func (UnimplementedNamespaceServiceHandler) MakeDirectory(context.Context, *connect.Request[atollv1.MakeDirectoryRequest]) (*connect.Response[atollv1.Entry], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.NamespaceService.MakeDirectory is not implemented"))
+}
+
+func (UnimplementedNamespaceServiceHandler) RemoveDirectory(context.Context, *connect.Request[atollv1.RemoveDirectoryRequest]) (*connect.Response[atollv1.RemoveDirectoryResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.NamespaceService.RemoveDirectory is not implemented"))
+}
+
+func (UnimplementedNamespaceServiceHandler) ListDirectory(context.Context, *connect.Request[atollv1.ListDirectoryRequest]) (*connect.Response[atollv1.ListDirectoryResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.NamespaceService.ListDirectory is not implemented"))
+}
+
+func (UnimplementedNamespaceServiceHandler) GetEntry(context.Context, *connect.Request[atollv1.GetEntryRequest]) (*connect.Response[atollv1.Entry], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.NamespaceService.GetEntry is not implemented"))
+}
+
+func (UnimplementedNamespaceServiceHandler) Rename(context.Context, *connect.Request[atollv1.RenameRequest]) (*connect.Response[atollv1.Entry], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.NamespaceService.Rename is not implemented"))
+}
+
+func (UnimplementedNamespaceServiceHandler) ChangeOwner(context.Context, *connect.Request[atollv1.ChangeOwnerRequest]) (*connect.Response[atollv1.Entry], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.NamespaceService.ChangeOwner is not implemented"))
+}
+
+func (UnimplementedNamespaceServiceHandler) SetProperties(context.Context, *connect.Request[atollv1.SetPropertiesRequest]) (*connect.Response[atollv1.Entry], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.NamespaceService.SetProperties is not implemented"))
+}
+
+func (UnimplementedNamespaceServiceHandler) SetLimits(context.Context, *connect.Request[atollv1.SetLimitsRequest]) (*connect.Response[atollv1.Limits], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.NamespaceService.SetLimits is not implemented"))
+}
+
+// TrashServiceClient is a client for the atoll.v1.TrashService service.
+type TrashServiceClient interface {
+	MoveToTrash(context.Context, *connect.Request[atollv1.MoveToTrashRequest]) (*connect.Response[atollv1.TrashEntry], error)
+	ListTrash(context.Context, *connect.Request[atollv1.ListTrashRequest]) (*connect.Response[atollv1.ListTrashResponse], error)
+	RestoreTrash(context.Context, *connect.Request[atollv1.RestoreTrashRequest]) (*connect.Response[atollv1.Entry], error)
+	// PurgeTrash removes one entry, or all those expired before a time, for good.
+	PurgeTrash(context.Context, *connect.Request[atollv1.PurgeTrashRequest]) (*connect.Response[atollv1.PurgeTrashResponse], error)
+}
+
+// NewTrashServiceClient constructs a client for the atoll.v1.TrashService service. By default, it
+// uses the Connect protocol with the binary Protobuf Codec, asks for gzipped responses, and sends
+// uncompressed requests. To use the gRPC or gRPC-Web protocols, supply the connect.WithGRPC() or
+// connect.WithGRPCWeb() options.
+//
+// The URL supplied here should be the base URL for the Connect or gRPC server (for example,
+// http://api.acme.com or https://acme.com/grpc).
+func NewTrashServiceClient(httpClient connect.HTTPClient, baseURL string, opts ...connect.ClientOption) TrashServiceClient {
+	baseURL = strings.TrimRight(baseURL, "/")
+	trashServiceMethods := atollv1.File_atoll_proto.Services().ByName("TrashService").Methods()
+	return &trashServiceClient{
+		moveToTrash: connect.NewClient[atollv1.MoveToTrashRequest, atollv1.TrashEntry](
+			httpClient,
+			baseURL+TrashServiceMoveToTrashProcedure,
+			connect.WithSchema(trashServiceMethods.ByName("MoveToTrash")),
+			connect.WithClientOptions(opts...),
+		),
+		listTrash: connect.NewClient[atollv1.ListTrashRequest, atollv1.ListTrashResponse](
+			httpClient,
+			baseURL+TrashServiceListTrashProcedure,
+			connect.WithSchema(trashServiceMethods.ByName("ListTrash")),
+			connect.WithClientOptions(opts...),
+		),
+		restoreTrash: connect.NewClient[atollv1.RestoreTrashRequest, atollv1.Entry](
+			httpClient,
+			baseURL+TrashServiceRestoreTrashProcedure,
+			connect.WithSchema(trashServiceMethods.ByName("RestoreTrash")),
+			connect.WithClientOptions(opts...),
+		),
+		purgeTrash: connect.NewClient[atollv1.PurgeTrashRequest, atollv1.PurgeTrashResponse](
+			httpClient,
+			baseURL+TrashServicePurgeTrashProcedure,
+			connect.WithSchema(trashServiceMethods.ByName("PurgeTrash")),
+			connect.WithClientOptions(opts...),
+		),
+	}
+}
+
+// trashServiceClient implements TrashServiceClient.
+type trashServiceClient struct {
+	moveToTrash  *connect.Client[atollv1.MoveToTrashRequest, atollv1.TrashEntry]
+	listTrash    *connect.Client[atollv1.ListTrashRequest, atollv1.ListTrashResponse]
+	restoreTrash *connect.Client[atollv1.RestoreTrashRequest, atollv1.Entry]
+	purgeTrash   *connect.Client[atollv1.PurgeTrashRequest, atollv1.PurgeTrashResponse]
+}
+
+// MoveToTrash calls atoll.v1.TrashService.MoveToTrash.
+func (c *trashServiceClient) MoveToTrash(ctx context.Context, req *connect.Request[atollv1.MoveToTrashRequest]) (*connect.Response[atollv1.TrashEntry], error) {
+	return c.moveToTrash.CallUnary(ctx, req)
+}
+
+// ListTrash calls atoll.v1.TrashService.ListTrash.
+func (c *trashServiceClient) ListTrash(ctx context.Context, req *connect.Request[atollv1.ListTrashRequest]) (*connect.Response[atollv1.ListTrashResponse], error) {
+	return c.listTrash.CallUnary(ctx, req)
+}
+
+// RestoreTrash calls atoll.v1.TrashService.RestoreTrash.
+func (c *trashServiceClient) RestoreTrash(ctx context.Context, req *connect.Request[atollv1.RestoreTrashRequest]) (*connect.Response[atollv1.Entry], error) {
+	return c.restoreTrash.CallUnary(ctx, req)
+}
+
+// PurgeTrash calls atoll.v1.TrashService.PurgeTrash.
+func (c *trashServiceClient) PurgeTrash(ctx context.Context, req *connect.Request[atollv1.PurgeTrashRequest]) (*connect.Response[atollv1.PurgeTrashResponse], error) {
+	return c.purgeTrash.CallUnary(ctx, req)
+}
+
+// TrashServiceHandler is an implementation of the atoll.v1.TrashService service.
+type TrashServiceHandler interface {
+	MoveToTrash(context.Context, *connect.Request[atollv1.MoveToTrashRequest]) (*connect.Response[atollv1.TrashEntry], error)
+	ListTrash(context.Context, *connect.Request[atollv1.ListTrashRequest]) (*connect.Response[atollv1.ListTrashResponse], error)
+	RestoreTrash(context.Context, *connect.Request[atollv1.RestoreTrashRequest]) (*connect.Response[atollv1.Entry], error)
+	// PurgeTrash removes one entry, or all those expired before a time, for good.
+	PurgeTrash(context.Context, *connect.Request[atollv1.PurgeTrashRequest]) (*connect.Response[atollv1.PurgeTrashResponse], error)
+}
+
+// NewTrashServiceHandler builds an HTTP handler from the service implementation. It returns the
+// path on which to mount the handler and the handler itself.
+//
+// By default, handlers support the Connect, gRPC, and gRPC-Web protocols with the binary Protobuf
+// and JSON codecs. They also support gzip compression.
+func NewTrashServiceHandler(svc TrashServiceHandler, opts ...connect.HandlerOption) (string, http.Handler) {
+	trashServiceMethods := atollv1.File_atoll_proto.Services().ByName("TrashService").Methods()
+	trashServiceMoveToTrashHandler := connect.NewUnaryHandler(
+		TrashServiceMoveToTrashProcedure,
+		svc.MoveToTrash,
+		connect.WithSchema(trashServiceMethods.ByName("MoveToTrash")),
+		connect.WithHandlerOptions(opts...),
+	)
+	trashServiceListTrashHandler := connect.NewUnaryHandler(
+		TrashServiceListTrashProcedure,
+		svc.ListTrash,
+		connect.WithSchema(trashServiceMethods.ByName("ListTrash")),
+		connect.WithHandlerOptions(opts...),
+	)
+	trashServiceRestoreTrashHandler := connect.NewUnaryHandler(
+		TrashServiceRestoreTrashProcedure,
+		svc.RestoreTrash,
+		connect.WithSchema(trashServiceMethods.ByName("RestoreTrash")),
+		connect.WithHandlerOptions(opts...),
+	)
+	trashServicePurgeTrashHandler := connect.NewUnaryHandler(
+		TrashServicePurgeTrashProcedure,
+		svc.PurgeTrash,
+		connect.WithSchema(trashServiceMethods.ByName("PurgeTrash")),
+		connect.WithHandlerOptions(opts...),
+	)
+	return "/atoll.v1.TrashService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch r.URL.Path {
+		case TrashServiceMoveToTrashProcedure:
+			trashServiceMoveToTrashHandler.ServeHTTP(w, r)
+		case TrashServiceListTrashProcedure:
+			trashServiceListTrashHandler.ServeHTTP(w, r)
+		case TrashServiceRestoreTrashProcedure:
+			trashServiceRestoreTrashHandler.ServeHTTP(w, r)
+		case TrashServicePurgeTrashProcedure:
+			trashServicePurgeTrashHandler.ServeHTTP(w, r)
+		default:
+			http.NotFound(w, r)
+		}
+	})
+}
+
+// UnimplementedTrashServiceHandler returns CodeUnimplemented from all methods.
+type UnimplementedTrashServiceHandler struct{}
+
+func (UnimplementedTrashServiceHandler) MoveToTrash(context.Context, *connect.Request[atollv1.MoveToTrashRequest]) (*connect.Response[atollv1.TrashEntry], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.TrashService.MoveToTrash is not implemented"))
+}
+
+func (UnimplementedTrashServiceHandler) ListTrash(context.Context, *connect.Request[atollv1.ListTrashRequest]) (*connect.Response[atollv1.ListTrashResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.TrashService.ListTrash is not implemented"))
+}
+
+func (UnimplementedTrashServiceHandler) RestoreTrash(context.Context, *connect.Request[atollv1.RestoreTrashRequest]) (*connect.Response[atollv1.Entry], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.TrashService.RestoreTrash is not implemented"))
+}
+
+func (UnimplementedTrashServiceHandler) PurgeTrash(context.Context, *connect.Request[atollv1.PurgeTrashRequest]) (*connect.Response[atollv1.PurgeTrashResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.TrashService.PurgeTrash is not implemented"))
+}
+
+// UserServiceClient is a client for the atoll.v1.UserService service.
+type UserServiceClient interface {
+	CreateUser(context.Context, *connect.Request[atollv1.CreateUserRequest]) (*connect.Response[atollv1.User], error)
+	ListUsers(context.Context, *connect.Request[atollv1.ListUsersRequest]) (*connect.Response[atollv1.ListUsersResponse], error)
+	UpdateUser(context.Context, *connect.Request[atollv1.UpdateUserRequest]) (*connect.Response[atollv1.User], error)
+	DeleteUser(context.Context, *connect.Request[atollv1.DeleteUserRequest]) (*connect.Response[atollv1.DeleteUserResponse], error)
+}
+
+// NewUserServiceClient constructs a client for the atoll.v1.UserService service. By default, it
+// uses the Connect protocol with the binary Protobuf Codec, asks for gzipped responses, and sends
+// uncompressed requests. To use the gRPC or gRPC-Web protocols, supply the connect.WithGRPC() or
+// connect.WithGRPCWeb() options.
+//
+// The URL supplied here should be the base URL for the Connect or gRPC server (for example,
+// http://api.acme.com or https://acme.com/grpc).
+func NewUserServiceClient(httpClient connect.HTTPClient, baseURL string, opts ...connect.ClientOption) UserServiceClient {
+	baseURL = strings.TrimRight(baseURL, "/")
+	userServiceMethods := atollv1.File_atoll_proto.Services().ByName("UserService").Methods()
+	return &userServiceClient{
+		createUser: connect.NewClient[atollv1.CreateUserRequest, atollv1.User](
+			httpClient,
+			baseURL+UserServiceCreateUserProcedure,
+			connect.WithSchema(userServiceMethods.ByName("CreateUser")),
+			connect.WithClientOptions(opts...),
+		),
+		listUsers: connect.NewClient[atollv1.ListUsersRequest, atollv1.ListUsersResponse](
+			httpClient,
+			baseURL+UserServiceListUsersProcedure,
+			connect.WithSchema(userServiceMethods.ByName("ListUsers")),
+			connect.WithClientOptions(opts...),
+		),
+		updateUser: connect.NewClient[atollv1.UpdateUserRequest, atollv1.User](
+			httpClient,
+			baseURL+UserServiceUpdateUserProcedure,
+			connect.WithSchema(userServiceMethods.ByName("UpdateUser")),
+			connect.WithClientOptions(opts...),
+		),
+		deleteUser: connect.NewClient[atollv1.DeleteUserRequest, atollv1.DeleteUserResponse](
+			httpClient,
+			baseURL+UserServiceDeleteUserProcedure,
+			connect.WithSchema(userServiceMethods.ByName("DeleteUser")),
+			connect.WithClientOptions(opts...),
+		),
+	}
+}
+
+// userServiceClient implements UserServiceClient.
+type userServiceClient struct {
+	createUser *connect.Client[atollv1.CreateUserRequest, atollv1.User]
+	listUsers  *connect.Client[atollv1.ListUsersRequest, atollv1.ListUsersResponse]
+	updateUser *connect.Client[atollv1.UpdateUserRequest, atollv1.User]
+	deleteUser *connect.Client[atollv1.DeleteUserRequest, atollv1.DeleteUserResponse]
+}
+
+// CreateUser calls atoll.v1.UserService.CreateUser.
+func (c *userServiceClient) CreateUser(ctx context.Context, req *connect.Request[atollv1.CreateUserRequest]) (*connect.Response[atollv1.User], error) {
+	return c.createUser.CallUnary(ctx, req)
+}
+
+// ListUsers calls atoll.v1.UserService.ListUsers.
+func (c *userServiceClient) ListUsers(ctx context.Context, req *connect.Request[atollv1.ListUsersRequest]) (*connect.Response[atollv1.ListUsersResponse], error) {
+	return c.listUsers.CallUnary(ctx, req)
+}
+
+// UpdateUser calls atoll.v1.UserService.UpdateUser.
+func (c *userServiceClient) UpdateUser(ctx context.Context, req *connect.Request[atollv1.UpdateUserRequest]) (*connect.Response[atollv1.User], error) {
+	return c.updateUser.CallUnary(ctx, req)
+}
+
+// DeleteUser calls atoll.v1.UserService.DeleteUser.
+func (c *userServiceClient) DeleteUser(ctx context.Context, req *connect.Request[atollv1.DeleteUserRequest]) (*connect.Response[atollv1.DeleteUserResponse], error) {
+	return c.deleteUser.CallUnary(ctx, req)
+}
+
+// UserServiceHandler is an implementation of the atoll.v1.UserService service.
+type UserServiceHandler interface {
+	CreateUser(context.Context, *connect.Request[atollv1.CreateUserRequest]) (*connect.Response[atollv1.User], error)
+	ListUsers(context.Context, *connect.Request[atollv1.ListUsersRequest]) (*connect.Response[atollv1.ListUsersResponse], error)
+	UpdateUser(context.Context, *connect.Request[atollv1.UpdateUserRequest]) (*connect.Response[atollv1.User], error)
+	DeleteUser(context.Context, *connect.Request[atollv1.DeleteUserRequest]) (*connect.Response[atollv1.DeleteUserResponse], error)
+}
+
+// NewUserServiceHandler builds an HTTP handler from the service implementation. It returns the path
+// on which to mount the handler and the handler itself.
+//
+// By default, handlers support the Connect, gRPC, and gRPC-Web protocols with the binary Protobuf
+// and JSON codecs. They also support gzip compression.
+func NewUserServiceHandler(svc UserServiceHandler, opts ...connect.HandlerOption) (string, http.Handler) {
+	userServiceMethods := atollv1.File_atoll_proto.Services().ByName("UserService").Methods()
+	userServiceCreateUserHandler := connect.NewUnaryHandler(
+		UserServiceCreateUserProcedure,
+		svc.CreateUser,
+		connect.WithSchema(userServiceMethods.ByName("CreateUser")),
+		connect.WithHandlerOptions(opts...),
+	)
+	userServiceListUsersHandler := connect.NewUnaryHandler(
+		UserServiceListUsersProcedure,
+		svc.ListUsers,
+		connect.WithSchema(userServiceMethods.ByName("ListUsers")),
+		connect.WithHandlerOptions(opts...),
+	)
+	userServiceUpdateUserHandler := connect.NewUnaryHandler(
+		UserServiceUpdateUserProcedure,
+		svc.UpdateUser,
+		connect.WithSchema(userServiceMethods.ByName("UpdateUser")),
+		connect.WithHandlerOptions(opts...),
+	)
+	userServiceDeleteUserHandler := connect.NewUnaryHandler(
+		UserServiceDeleteUserProcedure,
+		svc.DeleteUser,
+		connect.WithSchema(userServiceMethods.ByName("DeleteUser")),
+		connect.WithHandlerOptions(opts...),
+	)
+	return "/atoll.v1.UserService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch r.URL.Path {
+		case UserServiceCreateUserProcedure:
+			userServiceCreateUserHandler.ServeHTTP(w, r)
+		case UserServiceListUsersProcedure:
+			userServiceListUsersHandler.ServeHTTP(w, r)
+		case UserServiceUpdateUserProcedure:
+			userServiceUpdateUserHandler.ServeHTTP(w, r)
+		case UserServiceDeleteUserProcedure:
+			userServiceDeleteUserHandler.ServeHTTP(w, r)
+		default:
+			http.NotFound(w, r)
+		}
+	})
+}
+
+// UnimplementedUserServiceHandler returns CodeUnimplemented from all methods.
+type UnimplementedUserServiceHandler struct{}
+
+func (UnimplementedUserServiceHandler) CreateUser(context.Context, *connect.Request[atollv1.CreateUserRequest]) (*connect.Response[atollv1.User], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.UserService.CreateUser is not implemented"))
+}
+
+func (UnimplementedUserServiceHandler) ListUsers(context.Context, *connect.Request[atollv1.ListUsersRequest]) (*connect.Response[atollv1.ListUsersResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.UserService.ListUsers is not implemented"))
+}
+
+func (UnimplementedUserServiceHandler) UpdateUser(context.Context, *connect.Request[atollv1.UpdateUserRequest]) (*connect.Response[atollv1.User], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.UserService.UpdateUser is not implemented"))
+}
+
+func (UnimplementedUserServiceHandler) DeleteUser(context.Context, *connect.Request[atollv1.DeleteUserRequest]) (*connect.Response[atollv1.DeleteUserResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.UserService.DeleteUser is not implemented"))
+}
+
+// TaskServiceClient is a client for the atoll.v1.TaskService service.
+type TaskServiceClient interface {
+	ListTasks(context.Context, *connect.Request[atollv1.ListTasksRequest]) (*connect.Response[atollv1.ListTasksResponse], error)
+	GetTask(context.Context, *connect.Request[atollv1.GetTaskRequest]) (*connect.Response[atollv1.Task], error)
+	CancelTask(context.Context, *connect.Request[atollv1.CancelTaskRequest]) (*connect.Response[atollv1.Task], error)
+}
+
+// NewTaskServiceClient constructs a client for the atoll.v1.TaskService service. By default, it
+// uses the Connect protocol with the binary Protobuf Codec, asks for gzipped responses, and sends
+// uncompressed requests. To use the gRPC or gRPC-Web protocols, supply the connect.WithGRPC() or
+// connect.WithGRPCWeb() options.
+//
+// The URL supplied here should be the base URL for the Connect or gRPC server (for example,
+// http://api.acme.com or https://acme.com/grpc).
+func NewTaskServiceClient(httpClient connect.HTTPClient, baseURL string, opts ...connect.ClientOption) TaskServiceClient {
+	baseURL = strings.TrimRight(baseURL, "/")
+	taskServiceMethods := atollv1.File_atoll_proto.Services().ByName("TaskService").Methods()
+	return &taskServiceClient{
+		listTasks: connect.NewClient[atollv1.ListTasksRequest, atollv1.ListTasksResponse](
+			httpClient,
+			baseURL+TaskServiceListTasksProcedure,
+			connect.WithSchema(taskServiceMethods.ByName("ListTasks")),
+			connect.WithClientOptions(opts...),
+		),
+		getTask: connect.NewClient[atollv1.GetTaskRequest, atollv1.Task](
+			httpClient,
+			baseURL+TaskServiceGetTaskProcedure,
+			connect.WithSchema(taskServiceMethods.ByName("GetTask")),
+			connect.WithClientOptions(opts...),
+		),
+		cancelTask: connect.NewClient[atollv1.CancelTaskRequest, atollv1.Task](
+			httpClient,
+			baseURL+TaskServiceCancelTaskProcedure,
+			connect.WithSchema(taskServiceMethods.ByName("CancelTask")),
+			connect.WithClientOptions(opts...),
+		),
+	}
+}
+
+// taskServiceClient implements TaskServiceClient.
+type taskServiceClient struct {
+	listTasks  *connect.Client[atollv1.ListTasksRequest, atollv1.ListTasksResponse]
+	getTask    *connect.Client[atollv1.GetTaskRequest, atollv1.Task]
+	cancelTask *connect.Client[atollv1.CancelTaskRequest, atollv1.Task]
+}
+
+// ListTasks calls atoll.v1.TaskService.ListTasks.
+func (c *taskServiceClient) ListTasks(ctx context.Context, req *connect.Request[atollv1.ListTasksRequest]) (*connect.Response[atollv1.ListTasksResponse], error) {
+	return c.listTasks.CallUnary(ctx, req)
+}
+
+// GetTask calls atoll.v1.TaskService.GetTask.
+func (c *taskServiceClient) GetTask(ctx context.Context, req *connect.Request[atollv1.GetTaskRequest]) (*connect.Response[atollv1.Task], error) {
+	return c.getTask.CallUnary(ctx, req)
+}
+
+// CancelTask calls atoll.v1.TaskService.CancelTask.
+func (c *taskServiceClient) CancelTask(ctx context.Context, req *connect.Request[atollv1.CancelTaskRequest]) (*connect.Response[atollv1.Task], error) {
+	return c.cancelTask.CallUnary(ctx, req)
+}
+
+// TaskServiceHandler is an implementation of the atoll.v1.TaskService service.
+type TaskServiceHandler interface {
+	ListTasks(context.Context, *connect.Request[atollv1.ListTasksRequest]) (*connect.Response[atollv1.ListTasksResponse], error)
+	GetTask(context.Context, *connect.Request[atollv1.GetTaskRequest]) (*connect.Response[atollv1.Task], error)
+	CancelTask(context.Context, *connect.Request[atollv1.CancelTaskRequest]) (*connect.Response[atollv1.Task], error)
+}
+
+// NewTaskServiceHandler builds an HTTP handler from the service implementation. It returns the path
+// on which to mount the handler and the handler itself.
+//
+// By default, handlers support the Connect, gRPC, and gRPC-Web protocols with the binary Protobuf
+// and JSON codecs. They also support gzip compression.
+func NewTaskServiceHandler(svc TaskServiceHandler, opts ...connect.HandlerOption) (string, http.Handler) {
+	taskServiceMethods := atollv1.File_atoll_proto.Services().ByName("TaskService").Methods()
+	taskServiceListTasksHandler := connect.NewUnaryHandler(
+		TaskServiceListTasksProcedure,
+		svc.ListTasks,
+		connect.WithSchema(taskServiceMethods.ByName("ListTasks")),
+		connect.WithHandlerOptions(opts...),
+	)
+	taskServiceGetTaskHandler := connect.NewUnaryHandler(
+		TaskServiceGetTaskProcedure,
+		svc.GetTask,
+		connect.WithSchema(taskServiceMethods.ByName("GetTask")),
+		connect.WithHandlerOptions(opts...),
+	)
+	taskServiceCancelTaskHandler := connect.NewUnaryHandler(
+		TaskServiceCancelTaskProcedure,
+		svc.CancelTask,
+		connect.WithSchema(taskServiceMethods.ByName("CancelTask")),
+		connect.WithHandlerOptions(opts...),
+	)
+	return "/atoll.v1.TaskService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch r.URL.Path {
+		case TaskServiceListTasksProcedure:
+			taskServiceListTasksHandler.ServeHTTP(w, r)
+		case TaskServiceGetTaskProcedure:
+			taskServiceGetTaskHandler.ServeHTTP(w, r)
+		case TaskServiceCancelTaskProcedure:
+			taskServiceCancelTaskHandler.ServeHTTP(w, r)
+		default:
+			http.NotFound(w, r)
+		}
+	})
+}
+
+// UnimplementedTaskServiceHandler returns CodeUnimplemented from all methods.
+type UnimplementedTaskServiceHandler struct{}
+
+func (UnimplementedTaskServiceHandler) ListTasks(context.Context, *connect.Request[atollv1.ListTasksRequest]) (*connect.Response[atollv1.ListTasksResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.TaskService.ListTasks is not implemented"))
+}
+
+func (UnimplementedTaskServiceHandler) GetTask(context.Context, *connect.Request[atollv1.GetTaskRequest]) (*connect.Response[atollv1.Task], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.TaskService.GetTask is not implemented"))
+}
+
+func (UnimplementedTaskServiceHandler) CancelTask(context.Context, *connect.Request[atollv1.CancelTaskRequest]) (*connect.Response[atollv1.Task], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.TaskService.CancelTask is not implemented"))
 }
 
 // DemoServiceClient is a client for the atoll.v1.DemoService service.
