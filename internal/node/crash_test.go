@@ -49,6 +49,48 @@ type history struct {
 	known   map[atoll.SegmentID]known
 	points  []crashPoint
 	nextOrd int
+
+	committer *Committer // set where the disk's flush is shared
+	together  int        // rounds with several segments
+}
+
+// open opens the node, with the disk's own kind of flush.
+func (h *history) open(d *hosttest.Disk) {
+	h.n = openNode(h.t, d, func(o *Options) {
+		if h.committer != nil {
+			o.SharedFlush, o.Committer = true, h.committer
+		}
+	})
+}
+
+// appendTogether sends small batches to every segment that takes some, for one
+// round of the committer.
+func (h *history) appendTogether() {
+	var list []*wire.Append
+	var ids []atoll.SegmentID
+	for i := range h.nextOrd {
+		id := testSeg(i + 1)
+		if k, w := h.known[id], h.w[id]; k.created && !k.dying && k.sealed == 0 && k.sealing == 0 && w.at <= 200 {
+			list, ids = append(list, w.batch(h.rng.IntN(3))), append(ids, id)
+			h.set(id, func(k *known) { k.sent = w.at })
+		}
+	}
+	h.committer.mu.turn <- struct{}{}
+	done := make(chan *wire.Append, len(list))
+	for _, a := range list {
+		a.Done = done
+		h.n.Append(a)
+	}
+	<-h.committer.mu.turn
+	for range list { // what is known of each counts from its own answer on
+		a := <-done
+		must(h.t, a.Err)
+		h.set(a.Seg, func(k *known) { k.acked = h.w[a.Seg].at })
+		h.w[a.Seg].acked = h.w[a.Seg].at
+	}
+	if len(ids) > 1 {
+		h.together++
+	}
 }
 
 func (h *history) set(id atoll.SegmentID, f func(*known)) {
@@ -82,6 +124,8 @@ func (h *history) step() {
 	}
 	k, w := h.known[id], h.w[id]
 	switch {
+	case op < 50 && h.committer != nil:
+		h.appendTogether()
 	case op < 80:
 		if k.sealed > 0 || w.at > 200 {
 			return
@@ -118,7 +162,8 @@ func (h *history) step() {
 
 // TestCrash cuts the power at every sync of a random workload and opens what is
 // left: what was acknowledged is there, what was never sent is not, fences and
-// deletions stand.
+// deletions stand. Half of the disks flush as a whole, so that the nodes' shared
+// flush has to be in time.
 func TestCrash(t *testing.T) {
 	seeds, steps := 20, 60
 	if testing.Short() || atoll.Invariants {
@@ -139,6 +184,10 @@ func crashRun(t *testing.T, seed uint64, steps int) int {
 		t: t, rng: rand.New(rand.NewPCG(seed, 1)),
 		w: make(map[atoll.SegmentID]*writer), known: make(map[atoll.SegmentID]known),
 	}
+	if seed%2 == 1 {
+		h.committer = new(Committer)
+		d.ShareFlush()
+	}
 	cut := rand.New(rand.NewPCG(seed, 2))
 	d.OnSync(func(p hosttest.SyncPoint) {
 		mode := []hosttest.CrashMode{hosttest.LoseUnsynced, hosttest.KeepAll, hosttest.Random}[cut.IntN(3)]
@@ -149,11 +198,14 @@ func crashRun(t *testing.T, seed uint64, steps int) int {
 	})
 	for range steps {
 		if h.n == nil {
-			h.n = openNode(t, d)
+			h.open(d)
 		}
 		h.step()
 	}
 	d.OnSync(nil)
+	if h.committer != nil && h.together == 0 {
+		t.Error("no round had several segments")
+	}
 	if h.n != nil {
 		h.n.Abort()
 	}

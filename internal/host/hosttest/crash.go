@@ -112,7 +112,7 @@ func (d *Disk) Clone() *Disk {
 // sibling returns an empty disk like d.
 func (d *Disk) sibling(seed uint64) *Disk {
 	c := NewDisk(seed)
-	c.mu.total, c.mu.keep, c.mu.zeros = d.mu.total, d.mu.keep, d.mu.zeros
+	c.mu.total, c.mu.keep, c.mu.shared, c.mu.zeros = d.mu.total, d.mu.keep, d.mu.shared, d.mu.zeros
 	return c
 }
 

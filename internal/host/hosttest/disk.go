@@ -34,6 +34,7 @@ type Disk struct {
 		syncs      int
 		onSync     func(SyncPoint)
 		keep       bool
+		shared     bool // a Sync of one file empties the cache of the whole disk
 		zeros      *chunk
 	}
 }
@@ -128,6 +129,47 @@ func (d *Disk) SetSize(total int64) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.mu.total = total
+}
+
+// ShareFlush makes a Sync of one file empty the cache of the whole disk, as on
+// ext4 and xfs with direct I/O: it then also makes durable what was written
+// over durable, written pages of other files, but no size, no name and no page
+// that takes room only since then. A durable WriteVec that needs the journal,
+// because its file takes more room, is such a Sync.
+func (d *Disk) ShareFlush() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.mu.shared = true
+}
+
+// flushAll makes durable what a flush of the disk's cache does.
+func (d *Disk) flushAll() {
+	for ino := range d.files() {
+		ino.flush()
+	}
+}
+
+// files lists every file that something points to.
+func (d *Disk) files() map[*inode]bool {
+	files, seen := make(map[*inode]bool), make(map[*inode]bool)
+	var add func(*inode)
+	add = func(ino *inode) {
+		if ino == nil || seen[ino] {
+			return
+		}
+		seen[ino] = true
+		if !ino.dir {
+			files[ino] = true
+		}
+		for _, child := range ino.names {
+			add(child)
+		}
+		for _, s := range ino.saved {
+			add(s.ino)
+		}
+	}
+	add(d.mu.root)
+	return files
 }
 
 // OnSync has f called before and after each sync takes effect, by the

@@ -69,6 +69,30 @@ func TestCrashLosesOnlyUnsynced(t *testing.T) {
 	}
 }
 
+func TestSharedFlush(t *testing.T) {
+	d := NewDisk(1)
+	d.ShareFlush()
+	a, b := create(t, d, "a"), create(t, d, "b")
+	old, now := block(t, 8192, 1), block(t, 8192, 2)
+	fatal(t, a.WriteVec([][]byte{old}, 0, true))
+	fatal(t, b.WriteVec([][]byte{old}, 0, true))
+	fatal(t, d.SyncDir("."))
+	_, err := a.WriteAt(now[:4096], 0) // over durable pages
+	fatal(t, err)
+	_, err = a.WriteAt(now, 8192) // beyond the durable size
+	fatal(t, err)
+	_, err = b.WriteAt(now[4096:], 4096)
+	fatal(t, err)
+	fatal(t, b.Sync())
+	after := d.Crash(nil, LoseUnsynced)
+	if !bytes.Equal(read(t, after, "b"), append(bytes.Clone(old[:4096]), now[4096:]...)) {
+		t.Error("what was synced is not there")
+	}
+	if !bytes.Equal(read(t, after, "a"), append(bytes.Clone(now[:4096]), old[4096:]...)) {
+		t.Error("a flush of the disk makes durable what lies in place, and nothing that grew")
+	}
+}
+
 func TestDurableWriteStandsOverEarlierPending(t *testing.T) {
 	a, b := block(t, 16384, 1), block(t, 4096, 2)
 	rng := rand.New(rand.NewPCG(1, 1))

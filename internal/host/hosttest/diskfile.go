@@ -246,7 +246,22 @@ func (f *diskFile) store(v [][]byte, off int64, durable bool) error {
 	if durable && (end > ino.safeSize || ino.shrinks()) {
 		ino.saveSizes()
 	}
+	if durable && d.mu.shared && (add > 0 || ino.grows()) {
+		// The journal commits what is known of the file, and flushes.
+		ino.save()
+		d.flushAll()
+	}
 	return nil
+}
+
+// grows reports whether a pending change needs the journal.
+func (ino *inode) grows() bool {
+	for _, op := range ino.pending {
+		if op.kind != opData || op.off+op.n > ino.safeSize || ino.safe.newRoom(op.off, op.n) > 0 {
+			return true
+		}
+	}
+	return false
 }
 
 // writeLive changes the file as it reads and notes the pending change.
@@ -370,10 +385,34 @@ func (f *diskFile) Sync() error {
 	if !e.Drop {
 		f.d.mu.Lock()
 		f.ino.save()
+		if f.d.mu.shared {
+			f.d.flushAll()
+		}
 		f.d.mu.Unlock()
 	}
 	done()
 	return nil
+}
+
+// flush makes those pending changes of data durable that lie in durable,
+// written pages. Those that come after a change of size or a hole wait for it.
+func (ino *inode) flush() {
+	if len(ino.pending) == 0 {
+		return
+	}
+	var left []fileOp
+	for i, op := range ino.pending {
+		if op.kind != opData {
+			left = append(left, ino.pending[i:]...)
+			break
+		}
+		if op.off+op.n <= ino.safeSize && ino.safe.newRoom(op.off, op.n) == 0 {
+			op.apply(&ino.safe)
+		} else {
+			left = append(left, op)
+		}
+	}
+	ino.pending = left
 }
 
 // save makes all pending changes durable. Whole pages are taken from the file
