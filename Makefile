@@ -21,7 +21,7 @@ test: packages build ## every test
 	@bash scripts/test.sh
 
 race:             ## the unit tests under the race detector
-	CGO_ENABLED=1 $(GO) test -race -short ./...
+	CGO_ENABLED=1 ATOLL_SIM_SEEDS=20 $(GO) test -race -short -timeout 30m ./...
 
 lint:             ## gofmt, go vet, staticcheck
 	@out=$$(gofmt -l $$(git ls-files '*.go')); if [ -n "$$out" ]; then echo "gofmt would change:"; echo "$$out"; exit 1; fi

@@ -181,6 +181,7 @@ func TestDeleteWaits(t *testing.T) {
 		r.nodes.set(2, true)
 		m := r.deleting("v")
 		time.Sleep(time.Minute)
+		synctest.Wait()
 		if r.gone(m) || len(r.nodes.log) > 0 || r.nodes.lists < 10 {
 			t.Fatalf("gone %v, deleted %q, after %d lists", r.gone(m), r.nodes.log, r.nodes.lists)
 		}

@@ -203,7 +203,7 @@ func crashRun(t *testing.T, seed uint64, steps int) int {
 		h.step()
 	}
 	d.OnSync(nil)
-	if h.committer != nil && h.together == 0 {
+	if h.committer != nil && steps >= 60 && h.together == 0 {
 		t.Error("no round had several segments")
 	}
 	if h.n != nil {
