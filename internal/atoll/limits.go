@@ -49,4 +49,7 @@ const (
 	// HighWaterPercent is how full a disk may be before its node refuses new
 	// segments.
 	HighWaterPercent = 95
+	// ReservePercent is how full a disk may be before its node refuses also the
+	// segments for what frees space: manifests, map pages, compaction.
+	ReservePercent = 98
 )

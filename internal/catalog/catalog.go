@@ -30,6 +30,7 @@ type Catalog struct {
 	log     *slog.Logger
 	metrics *Metrics
 	random  *lockedReader
+	numbers numberPool
 	state   atomic.Pointer[view]
 	cancel  context.CancelFunc
 	wg      sync.WaitGroup

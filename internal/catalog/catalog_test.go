@@ -53,7 +53,8 @@ type pair struct {
 func TestCatalog(t *testing.T) {
 	cases := map[string]func(*testing.T, pair){
 		"init": catInit, "nodes": catNodes, "copysets": catCopysets, "media": catMedia,
-		"ownership": catOwnership, "election": catElection, "release": catRelease,
+		"ownership": catOwnership, "election": catElection, "release": catRelease, "pins": catPins,
+		"users": catUsers, "tree": catTree, "tree races": catTreeRaces, "implied": catImplied, "trash": catTrash,
 	}
 	for name, run := range cases {
 		t.Run("memory/"+name, func(t *testing.T) {
@@ -223,7 +224,7 @@ func volume(name string) Medium {
 
 func catMedia(t *testing.T, p pair) {
 	var ids []atoll.MediumID
-	for _, name := range []string{"b", "a", "a/b", "c", "d"} {
+	for _, name := range []string{"b", "a", "a-b", "c", "d"} {
 		ids = append(ids, must(p.a.CreateMedium(p.ctx, volume(name)))(t).ID)
 	}
 	_, err := p.b.CreateMedium(p.ctx, volume("a"))
@@ -233,19 +234,19 @@ func catMedia(t *testing.T, p pair) {
 		_, err := p.a.CreateMedium(p.ctx, bad)
 		wantErr(t, err, atoll.ErrInvalid)
 	}
-	if got := names(must(p.b.Media(p.ctx, "", 0))(t)); got != "a a/b b c d" {
+	if got := names(must(p.b.Media(p.ctx, "", 0))(t)); got != "a a-b b c d" {
 		t.Errorf("list: %s", got)
 	}
-	if got := names(must(p.b.Media(p.ctx, "a", 2))(t)); got != "a/b b" {
+	if got := names(must(p.b.Media(p.ctx, "a", 2))(t)); got != "a-b b" {
 		t.Errorf("list after a: %s", got)
 	}
 	waitState(t, p.b, func(s *State) bool { return s.Copies[3] })
-	m := must(p.b.MediumByName(p.ctx, "a/b"))(t)
+	m := must(p.b.MediumByName(p.ctx, "a-b"))(t)
 	m.Name, m.Size = "e", 2<<20
 	m2 := must(p.b.UpdateMedium(p.ctx, m))(t)
 	_, err = p.a.UpdateMedium(p.ctx, m)
 	wantErr(t, err, atoll.ErrConflict)
-	_, err = p.a.MediumByName(p.ctx, "a/b")
+	_, err = p.a.MediumByName(p.ctx, "a-b")
 	wantErr(t, err, atoll.ErrNotExist)
 	if got := must(p.a.MediumByName(p.ctx, "e"))(t); got.ID != ids[2] || got.Size != 2<<20 || got.Rev != m2.Rev {
 		t.Errorf("renamed: %+v", got)
@@ -259,6 +260,12 @@ func catMedia(t *testing.T, p pair) {
 	_, err = p.a.UpdateMedium(p.ctx, kind)
 	wantErr(t, err, atoll.ErrInvalid)
 
+	wantErr(t, p.a.RemoveMedium(p.ctx, m2.ID), atoll.ErrInvalid)
+	m2.State = MediumDeleting
+	_, err = p.a.UpdateMedium(p.ctx, m2)
+	wantErr(t, err, atoll.ErrInvalid) // first nobody may pin it any more
+	m2.State = MediumDetached
+	m2 = must(p.a.UpdateMedium(p.ctx, m2))(t)
 	wantErr(t, p.a.RemoveMedium(p.ctx, m2.ID), atoll.ErrInvalid)
 	m2.State = MediumDeleting
 	m3 := must(p.a.UpdateMedium(p.ctx, m2))(t)
@@ -354,13 +361,16 @@ func catRelease(t *testing.T, p pair) {
 	must(p.b.Acquire(p.ctx, m.ID, sb))(t)
 	_, err := p.b.AcquireDeleting(p.ctx, m.ID, sb)
 	wantErr(t, err, atoll.ErrNotExist)
+	m.State = MediumDetached
+	m = must(p.b.UpdateMedium(p.ctx, m))(t)
+	must(p.b.Acquire(p.ctx, m.ID, sb))(t)
 	m.State = MediumDeleting
 	must(p.b.UpdateMedium(p.ctx, m))(t)
 	_, err = p.b.Acquire(p.ctx, m.ID, sb)
 	wantErr(t, err, atoll.ErrNotExist)
 	_, err = p.a.AcquireDeleting(p.ctx, m.ID, sa)
 	wantErr(t, err, atoll.ErrBusy)
-	if h := must(p.b.AcquireDeleting(p.ctx, m.ID, sb))(t); h.Epoch != 3 {
+	if h := must(p.b.AcquireDeleting(p.ctx, m.ID, sb))(t); h.Epoch != 4 {
 		t.Errorf("acquired for deletion: %+v", h)
 	}
 }
@@ -520,6 +530,8 @@ func unknownOutcomes(t *testing.T, seed uint64) {
 			t.Fatalf("seed %d: head %+v, want %+v", seed, got, h)
 		}
 	}
+	v.State = MediumDetached
+	v = must(a.UpdateMedium(ctx, v))(t)
 	v.State = MediumDeleting
 	must(a.UpdateMedium(ctx, v))(t)
 	if err := a.RemoveMedium(ctx, v.ID); err != nil {

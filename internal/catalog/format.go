@@ -27,7 +27,16 @@ import (
 //	/atoll/1/media/record/<16>          Medium
 //	/atoll/1/media/name/<name>          MediumID
 //	/atoll/1/media/head/<16>            Head
-//	/atoll/1/media/deleting/<16>        null: the medium is in state deleting
+//	/atoll/1/media/deleting/<16>        null: the medium is in state detached
+//	                                    or deleting
+//	/atoll/1/media/pin/<16>/<16>/m<16>  null: a clone of this medium's version
+//	/atoll/1/media/pin/<16>/<16>/p<32>-<16>
+//	                                  * null: a process reads the version
+//	/atoll/1/media/trash/<16>           Trash: the medium is in state trashed
+//	/atoll/1/media/schedule/<16>        Schedule
+//	/atoll/1/media/dir/<path>/          Directory
+//	/atoll/1/last/entry                 the last number reserved for media and directories
+//	/atoll/1/user/<name>                User
 //
 // Every process loads and watches what lies under state/; the rest is read when
 // it is needed. The 1 in the prefix is the version of this layout.
@@ -42,24 +51,30 @@ import (
 // d is the record; fields unknown to the reader are ignored, and a change that
 // an old reader may not ignore raises v.
 const (
-	root          = "/atoll/1/"
-	statePrefix   = root + "state/"
-	keyCluster    = statePrefix + "cluster"
-	nodePrefix    = statePrefix + "node/"
-	servePrefix   = statePrefix + "serve/"
-	reportPrefix  = statePrefix + "report/"
-	copysetPrefix = statePrefix + "copyset/"
-	processPrefix = statePrefix + "process/"
-	electPrefix   = statePrefix + "elect/"
-	copiesPrefix  = statePrefix + "copies/"
-	diskPrefix    = root + "disk/"
-	membersPrefix = root + "members/"
-	keyLastNode   = root + "last/node"
-	keyLastSet    = root + "last/copyset"
-	recordPrefix  = root + "media/record/"
-	namePrefix    = root + "media/name/"
-	headPrefix    = root + "media/head/"
-	deletePrefix  = root + "media/deleting/"
+	root           = "/atoll/1/"
+	statePrefix    = root + "state/"
+	keyCluster     = statePrefix + "cluster"
+	nodePrefix     = statePrefix + "node/"
+	servePrefix    = statePrefix + "serve/"
+	reportPrefix   = statePrefix + "report/"
+	copysetPrefix  = statePrefix + "copyset/"
+	processPrefix  = statePrefix + "process/"
+	electPrefix    = statePrefix + "elect/"
+	copiesPrefix   = statePrefix + "copies/"
+	diskPrefix     = root + "disk/"
+	membersPrefix  = root + "members/"
+	keyLastNode    = root + "last/node"
+	keyLastSet     = root + "last/copyset"
+	recordPrefix   = root + "media/record/"
+	namePrefix     = root + "media/name/"
+	headPrefix     = root + "media/head/"
+	deletePrefix   = root + "media/deleting/"
+	pinPrefix      = root + "media/pin/"
+	trashPrefix    = root + "media/trash/"
+	schedulePrefix = root + "media/schedule/"
+	dirPrefix      = root + "media/dir/"
+	keyLastEntry   = root + "last/entry"
+	userPrefix     = root + "user/"
 )
 
 // formatVersion is the newest version of values that this program knows.
@@ -76,6 +91,10 @@ func headKey(id atoll.MediumID) string     { return headPrefix + id.String() }
 func deleteKey(id atoll.MediumID) string   { return deletePrefix + id.String() }
 func nameKey(name string) string           { return namePrefix + name }
 func copiesKey(n int) string               { return copiesPrefix + strconv.Itoa(n) }
+func trashKey(id atoll.MediumID) string    { return trashPrefix + id.String() }
+func scheduleKey(id atoll.MediumID) string { return schedulePrefix + id.String() }
+func dirKey(path string) string            { return dirPrefix + path + "/" }
+func userKey(name string) string           { return userPrefix + name }
 func hex8(v uint32) string                 { return fmt.Sprintf("%08x", v) }
 
 // membersKey names a set of nodes whatever their order.

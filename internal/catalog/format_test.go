@@ -30,6 +30,12 @@ func golden() []any {
 			Unsealed: []Unsealed{{Seg: seg, Lane: Bulk, Size: 9}},
 			Sealed:   []Sealed{{Seg: seg, Lane: Bulk, Length: 10, Unverified: []atoll.NodeID{11}}},
 			Dropped:  []atoll.SegmentID{seg}},
+		&Directory{Number: 5, Path: "a/b", Owner: "o", Created: at, Leaving: true},
+		&User{Name: "u", Hash: "h", Strict: true, Admin: true, Created: at},
+		&Medium{ID: 6, Name: "c", Kind: KindVolume, State: MediumTrashed, Owner: "o", Size: 4096, Policy: Policy{Replicas: 1}, Created: at,
+			Parent: &Parent{Medium: 5, Version: 1, Base: 9}, Ancestors: []Ancestor{{Medium: 5, Version: 1, Base: 9}}, Number: 7,
+			Trash: &Trash{Removed: at, Expires: at, Source: "user", Bytes: 8}},
+		&Schedule{Medium: 7, Spec: "hourly=1", Last: map[string]time.Time{"hourly": at}, NotBefore: at},
 	}
 }
 

@@ -3,6 +3,7 @@ package catalog
 import (
 	"context"
 	"fmt"
+	"slices"
 
 	"github.com/atollstore/atoll/internal/atoll"
 )
@@ -32,14 +33,14 @@ func decodeHead(kv KeyValue) (Head, error) {
 	return h, err
 }
 
-// Acquire makes the session's process the owner of a live medium under the next
-// epoch. ErrBusy, naming the owner, while another process with a live lease owns
+// Acquire makes the session's process the owner of a live or detached medium
+// under the next epoch. ErrBusy, naming the owner, while another process with a live lease owns
 // it; ErrFenced if the session has ended; ErrNotExist also for a medium that is
 // being deleted. One may acquire what one owns: the epoch rises all the same.
 //
 // The caller then fences the unsealed segments before it trusts their length.
 func (c *Catalog) Acquire(ctx context.Context, id atoll.MediumID, s *Session) (Head, error) {
-	return c.acquire(ctx, id, s, MediumLive)
+	return c.acquire(ctx, id, s, MediumLive, MediumDetached)
 }
 
 // AcquireDeleting is Acquire for a medium in state MediumDeleting, for whoever
@@ -48,11 +49,11 @@ func (c *Catalog) AcquireDeleting(ctx context.Context, id atoll.MediumID, s *Ses
 	return c.acquire(ctx, id, s, MediumDeleting)
 }
 
-func (c *Catalog) acquire(ctx context.Context, id atoll.MediumID, s *Session, state MediumState) (Head, error) {
+func (c *Catalog) acquire(ctx context.Context, id atoll.MediumID, s *Session, states ...MediumState) (Head, error) {
 	ctx, done := bound(ctx)
 	defer done()
 	for range maxRaces {
-		h, ok, err := c.tryAcquire(ctx, id, s, state)
+		h, ok, err := c.tryAcquire(ctx, id, s, states)
 		if err != nil {
 			return Head{}, fmt.Errorf("acquire medium %v: %w", id, err)
 		}
@@ -65,7 +66,7 @@ func (c *Catalog) acquire(ctx context.Context, id atoll.MediumID, s *Session, st
 
 // tryAcquire takes ownership if nothing changes between looking and taking;
 // false if something did.
-func (c *Catalog) tryAcquire(ctx context.Context, id atoll.MediumID, s *Session, state MediumState) (Head, bool, error) {
+func (c *Catalog) tryAcquire(ctx context.Context, id atoll.MediumID, s *Session, states []MediumState) (Head, bool, error) {
 	got, err := c.read(ctx, headKey(id), recordKey(id))
 	if err != nil {
 		return Head{}, false, err
@@ -78,7 +79,7 @@ func (c *Catalog) tryAcquire(ctx context.Context, id atoll.MediumID, s *Session,
 	if err != nil {
 		return Head{}, false, err
 	}
-	if m.State != state {
+	if !slices.Contains(states, m.State) {
 		return Head{}, false, fmt.Errorf("medium %q is in state %q: %w", m.Name, m.State, atoll.ErrNotExist)
 	}
 	if !s.Valid() {

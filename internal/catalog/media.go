@@ -11,8 +11,41 @@ import (
 // CreateMedium records a new medium, its name and its first Head in one
 // transaction. ID, State, Created, Replicas and Owner are filled in where they
 // are empty. ErrExist if the name is taken; ErrInvalid for a bad name, kind,
-// size or policy.
+// size or policy, and for a clone, which CreateClone makes.
 func (c *Catalog) CreateMedium(ctx context.Context, m Medium) (Medium, error) {
+	m = c.fresh(m)
+	err := checkMedium(m)
+	if err == nil && (m.Parent != nil || m.Ancestors != nil) {
+		err = fmt.Errorf("medium %q has a parent: %w", m.Name, atoll.ErrInvalid)
+	}
+	if err != nil {
+		return Medium{}, fmt.Errorf("create medium: %w", err)
+	}
+	ctx, done := bound(ctx)
+	defer done()
+	if m.Number, err = c.number(ctx); err != nil {
+		return Medium{}, fmt.Errorf("create medium %q: %w", m.Name, err)
+	}
+	for range maxRaces {
+		w := c.mark()
+		t, err := c.create(ctx, w, m)
+		if err != nil {
+			return Medium{}, fmt.Errorf("create medium %q: %w", m.Name, err)
+		}
+		res, ok, err := c.commit(ctx, w, t)
+		if err != nil {
+			return Medium{}, fmt.Errorf("create medium %q: %w", m.Name, err)
+		}
+		if ok {
+			m.Rev = res.Rev
+			return m, nil
+		}
+	}
+	return Medium{}, fmt.Errorf("create medium %q: %w", m.Name, atoll.ErrConflict)
+}
+
+// fresh fills in what a new medium's record lacks.
+func (c *Catalog) fresh(m Medium) Medium {
 	m.State, m.Rev = MediumLive, 0
 	if m.ID == 0 {
 		m.ID = c.NextMediumID()
@@ -23,28 +56,22 @@ func (c *Catalog) CreateMedium(ctx context.Context, m Medium) (Medium, error) {
 	if m.Policy.Replicas == 0 {
 		m.Policy.Replicas = 3
 	}
-	if err := checkMedium(m); err != nil {
-		return Medium{}, fmt.Errorf("create medium: %w", err)
-	}
-	ctx, done := bound(ctx)
-	defer done()
-	w := c.mark()
-	res, ok, err := c.commit(ctx, w, Txn{
-		If: []Cmp{{Key: nameKey(m.Name)}, {Key: recordKey(m.ID)}, {Key: headKey(m.ID)}},
+	return m
+}
+
+// create is the transaction that makes a medium. Directories that are missing
+// above it are made before. When the transaction is not done, the medium's id was
+// taken, or something changed that its name needs.
+func (c *Catalog) create(ctx context.Context, w string, m Medium) (Txn, error) {
+	cmps, err := c.site(ctx, m.Name, m.Owner, true)
+	return Txn{
+		If: append(cmps, Cmp{Key: recordKey(m.ID)}, Cmp{Key: headKey(m.ID)}),
 		Then: append(c.wantCopies(w, m),
 			Op{Key: recordKey(m.ID), Value: encode(w, m)},
 			Op{Key: nameKey(m.Name), Value: encode(w, m.ID)},
-			Op{Key: headKey(m.ID), Value: encode(w, Head{Medium: m.ID, Next: 1})}),
+			Op{Key: headKey(m.ID), Value: encode(w, Head{Medium: m.ID, Next: m.Base()})}),
 		Read: []string{recordKey(m.ID), nameKey(m.Name)},
-	})
-	switch {
-	case err != nil:
-		return Medium{}, fmt.Errorf("create medium %q: %w", m.Name, err)
-	case !ok:
-		return Medium{}, fmt.Errorf("create medium %q: %w", m.Name, atoll.ErrExist)
-	}
-	m.Rev = res.Rev
-	return m, nil
+	}, err
 }
 
 // wantCopies lists the write that tells the controller of a number of copies
@@ -202,8 +229,8 @@ func (c *Catalog) records(ctx context.Context, names []KeyValue) ([]Medium, erro
 	return out, nil
 }
 
-// Deleting returns up to limit media in state MediumDeleting, in the order of
-// their ids after the given one.
+// Deleting returns up to limit media in state MediumDetached or MediumDeleting,
+// in the order of their ids after the given one.
 func (c *Catalog) Deleting(ctx context.Context, after atoll.MediumID, limit int) ([]Medium, error) {
 	ctx, done := bound(ctx)
 	defer done()
@@ -228,7 +255,7 @@ func (c *Catalog) Deleting(ctx context.Context, after atoll.MediumID, limit int)
 		if err != nil {
 			return nil, fmt.Errorf("list media to delete: %w", err)
 		}
-		if m.State == MediumDeleting {
+		if m.State != MediumLive {
 			out = append(out, m)
 		}
 	}
@@ -236,9 +263,12 @@ func (c *Catalog) Deleting(ctx context.Context, after atoll.MediumID, limit int)
 }
 
 // UpdateMedium replaces a record that was read at m.Rev and returns it with its
-// new Rev. A changed Name moves the name; a medium may go from live to deleting,
-// which frees its name, but never back. ErrConflict if it was changed since, ErrExist if the new name is
-// taken, ErrInvalid for a changed kind or a bad value.
+// new Rev. A changed Name moves the name. A medium may go from live to detached,
+// which frees its name, and from there to deleting, when nothing pins it any
+// more; never back. A clone may lose its parent and ancestors, when it needs
+// nothing of them, which removes its pin. ErrConflict if the record was changed
+// since, ErrExist if the new name is taken, ErrBusy while a medium that is to be
+// deleted is pinned, ErrInvalid for a changed kind or a bad value.
 func (c *Catalog) UpdateMedium(ctx context.Context, m Medium) (Medium, error) {
 	if err := checkMedium(m); err != nil {
 		return Medium{}, fmt.Errorf("update medium: %w", err)
@@ -252,6 +282,9 @@ func (c *Catalog) UpdateMedium(ctx context.Context, m Medium) (Medium, error) {
 	if err == nil {
 		err = checkChange(old, m)
 	}
+	if err == nil && m.State == MediumDeleting && old.State == MediumDetached {
+		err = c.unpinned(ctx, m.ID)
+	}
 	if err != nil {
 		return Medium{}, fmt.Errorf("update medium %q: %w", m.Name, err)
 	}
@@ -261,11 +294,18 @@ func (c *Catalog) UpdateMedium(ctx context.Context, m Medium) (Medium, error) {
 		Then: append(c.wantCopies(w, m), Op{Key: kv.Key, Value: encode(w, m)}),
 		Read: []string{kv.Key},
 	}
+	if old.Parent != nil && m.Parent == nil {
+		t.Then = append(t.Then, Op{Key: clonePinKey(*old.Parent, m.ID), Delete: true})
+	}
 	switch {
-	case m.State == MediumDeleting && old.State == MediumLive:
+	case m.State == MediumDetached && old.State == MediumLive:
 		t.Then = append(t.Then, Op{Key: nameKey(old.Name), Delete: true}, Op{Key: deleteKey(m.ID), Value: encode(w, nil)})
 	case m.Name != old.Name:
-		t.If = append(t.If, Cmp{Key: nameKey(m.Name)})
+		cmps, err := c.site(ctx, m.Name, m.Owner, true)
+		if err != nil {
+			return Medium{}, fmt.Errorf("rename medium %q to %q: %w", old.Name, m.Name, err)
+		}
+		t.If = append(t.If, cmps...)
 		t.Then = append(t.Then, Op{Key: nameKey(m.Name), Value: encode(w, m.ID)}, Op{Key: nameKey(old.Name), Delete: true})
 	}
 	res, ok, err := c.commit(ctx, w, t)
@@ -285,16 +325,27 @@ func checkChange(old, m Medium) error {
 	if m.Kind != old.Kind {
 		return fmt.Errorf("kind %q cannot become %q: %w", old.Kind, m.Kind, atoll.ErrInvalid)
 	}
-	if m.State != MediumDeleting && (m.State != MediumLive || old.State != MediumLive) {
+	if (m.State == MediumTrashed) != (old.State == MediumTrashed) {
+		return fmt.Errorf("state %q cannot become %q like that: %w", old.State, m.State, atoll.ErrInvalid)
+	}
+	order := []MediumState{MediumLive, MediumDetached, MediumDeleting}
+	from, to := slices.Index(order, old.State), slices.Index(order, m.State)
+	if to < from || to > from+1 {
 		return fmt.Errorf("state %q cannot become %q: %w", old.State, m.State, atoll.ErrInvalid)
 	}
-	if m.State == MediumDeleting && m.Name != old.Name {
+	if m.State != MediumLive && m.Name != old.Name {
 		return fmt.Errorf("a medium that is deleted cannot be renamed: %w", atoll.ErrInvalid)
+	}
+	same := (m.Parent == nil) == (old.Parent == nil) && slices.Equal(m.Ancestors, old.Ancestors) &&
+		(m.Parent == nil || *m.Parent == *old.Parent)
+	if !same && (m.Parent != nil || len(m.Ancestors) > 0) {
+		return fmt.Errorf("a medium cannot change its parent: %w", atoll.ErrInvalid)
 	}
 	return nil
 }
 
-// RemoveMedium is the last step of a deletion: it removes record and head.
+// RemoveMedium is the last step of a deletion: it removes record and head, and
+// a clone's pin of its parent.
 // Its segments are gone from every node by then. One that is not there is no
 // error; ErrInvalid unless the medium is in state MediumDeleting.
 func (c *Catalog) RemoveMedium(ctx context.Context, id atoll.MediumID) error {
@@ -315,12 +366,16 @@ func (c *Catalog) RemoveMedium(ctx context.Context, id atoll.MediumID) error {
 		if err != nil {
 			return fmt.Errorf("remove medium %v: %w", id, err)
 		}
-		_, ok, err := c.commit(ctx, "", Txn{
+		t := Txn{
 			If: []Cmp{{Key: recordKey(id), Rev: got[0].Mod}},
 			Then: []Op{{Key: recordKey(id), Delete: true}, {Key: headKey(id), Delete: true},
 				{Key: deleteKey(id), Delete: true}},
 			Read: []string{recordKey(id)},
-		})
+		}
+		if m.Parent != nil {
+			t.Then = append(t.Then, Op{Key: clonePinKey(*m.Parent, id), Delete: true})
+		}
+		_, ok, err := c.commit(ctx, "", t)
 		if err != nil {
 			return fmt.Errorf("remove medium %v: %w", id, err)
 		}

@@ -57,3 +57,41 @@ func ValidateName(name string) error {
 	}
 	return nil
 }
+
+// maxVersionName is the longest name of a version in bytes.
+const maxVersionName = 255
+
+// ValidateVersionName checks the name of a version: 1 to 255 bytes of UTF-8
+// without "/", "@" and control characters, not digits only (they are a number),
+// and not "cur", "last" or "release". The error is of kind ErrInvalid and says
+// what is wrong.
+func ValidateVersionName(name string) error {
+	bad := func(what string) error {
+		return fmt.Errorf("version name %q: %s: %w", name, what, atoll.ErrInvalid)
+	}
+	switch {
+	case name == "":
+		return bad("is empty")
+	case len(name) > maxVersionName:
+		return fmt.Errorf("version name %q…: is longer than %d bytes: %w", name[:32], maxVersionName, atoll.ErrInvalid)
+	case !utf8.ValidString(name):
+		return bad("is not UTF-8")
+	case strings.ContainsAny(name, "/@"):
+		return bad("contains \"/\" or \"@\"")
+	case name == "cur" || name == "last" || name == "release":
+		return bad("means something else already")
+	case name == "." || name == "..":
+		return bad("would be a directory's")
+	}
+	digits := true
+	for _, r := range name {
+		if unicode.IsControl(r) || r == '\u2028' || r == '\u2029' {
+			return bad("contains a control character")
+		}
+		digits = digits && r >= '0' && r <= '9'
+	}
+	if digits {
+		return bad("is a number; versions have numbers of their own")
+	}
+	return nil
+}

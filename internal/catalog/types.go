@@ -52,6 +52,7 @@ type NodeReport struct {
 	Open     int           `json:"open"`
 	ReadOnly bool          `json:"readOnly,omitempty"`
 	Full     bool          `json:"full,omitempty"`
+	Silent   bool          `json:"silent,omitempty"` // it does not answer its own process; the numbers are the last it gave
 	Errors   uint64        `json:"errors,omitempty"`
 	P99      time.Duration `json:"p99,omitempty"` // of recent appends
 	At       time.Time     `json:"at"`
@@ -93,12 +94,46 @@ const (
 // MediumState tells where a medium is in its life.
 type MediumState string
 
-// States of a medium. Creating and deleting take more than one step, so both
-// are records that a crash leaves behind and a later run finishes.
+// States of a medium. But for the way back from the trash they only go forward:
+// deleting takes more than one step, so each is a record that a crash leaves
+// behind and a later run finishes.
 const (
-	MediumLive     MediumState = "live"
-	MediumDeleting MediumState = "deleting" // fenced; segments are being removed
+	MediumLive MediumState = "live"
+	// MediumTrashed: its user removed it. It has no name, nobody can acquire it,
+	// and it can be made live again; else it becomes detached.
+	MediumTrashed MediumState = "trashed"
+	// MediumDetached: its user deleted it, so that it has no name and gets no
+	// new pins, but clones or views may still read versions of it.
+	MediumDetached MediumState = "detached"
+	MediumDeleting MediumState = "deleting" // nothing is pinned; segments are being removed
 )
+
+// Parent says which version of which medium a clone began as.
+type Parent struct {
+	Medium  atoll.MediumID `json:"medium"`
+	Version uint64         `json:"version"`
+	// Base is the clone's first own ordinal; those below are its ancestors'.
+	Base atoll.Ordinal `json:"base"`
+}
+
+// Ancestor is a medium that a clone may read from: the segments below Base, and
+// from the Base of the ancestor before it on, are of this medium.
+type Ancestor struct {
+	Medium  atoll.MediumID `json:"medium"`
+	Version uint64         `json:"version"`
+	Base    atoll.Ordinal  `json:"base"`
+}
+
+// Pin keeps a version of a medium, and the medium itself, from being removed.
+// Its holder is a clone, for as long as the clone has that parent, or a process
+// that reads the version, for as long as its session lives.
+type Pin struct {
+	Medium  atoll.MediumID
+	Version uint64
+	Clone   atoll.MediumID // holder, if it is a clone
+	Process atoll.UUID     // or else the process that reads
+	key     string
+}
 
 // Policy says how a medium's bytes are kept.
 type Policy struct {
@@ -118,7 +153,21 @@ type Medium struct {
 	Policy  Policy            `json:"policy"`
 	Created time.Time         `json:"created"`
 	Props   map[string]string `json:"props,omitempty"`
-	Rev     int64             `json:"-"`
+	// Parent and Ancestors, oldest first, of a clone. The last ancestor is the
+	// parent.
+	Parent    *Parent    `json:"parent,omitempty"`
+	Ancestors []Ancestor `json:"ancestors,omitempty"`
+	Number    uint64     `json:"number,omitempty"` // small, never given out twice; 0 on media from before there were any
+	Trash     *Trash     `json:"trash,omitempty"`  // in state MediumTrashed
+	Rev       int64      `json:"-"`
+}
+
+// Base returns the medium's first own ordinal.
+func (m *Medium) Base() atoll.Ordinal {
+	if m.Parent == nil {
+		return 1
+	}
+	return m.Parent.Base
 }
 
 // Lane tells which of a medium's two open segments one is.

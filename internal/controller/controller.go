@@ -178,10 +178,13 @@ func (c *Controller) deleting(ctx context.Context) {
 	waiting := make(map[atoll.MediumID]bool) // what was complained of
 	for {
 		pass, done := context.WithTimeout(ctx, passTimeout)
-		err := c.deleteAll(pass, waiting)
+		removed, err := c.deleteAll(pass, waiting)
 		done()
 		if err != nil && ctx.Err() == nil {
 			c.log.WarnContext(ctx, "media to delete not listed", "err", err)
+		}
+		if removed > 0 && err == nil && ctx.Err() == nil {
+			continue // what a clone pinned may be free now
 		}
 		if !pause(ctx, deleteEvery) {
 			return
@@ -189,29 +192,52 @@ func (c *Controller) deleting(ctx context.Context) {
 	}
 }
 
-func (c *Controller) deleteAll(ctx context.Context, waiting map[atoll.MediumID]bool) error {
+// deleteAll goes through all media that are to be deleted once, and returns how
+// many it removed.
+func (c *Controller) deleteAll(ctx context.Context, waiting map[atoll.MediumID]bool) (removed int, err error) {
 	after := atoll.MediumID(0)
 	for {
 		media, err := c.cat.Deleting(ctx, after, 100)
 		if err != nil {
-			return err
+			return removed, err
 		}
 		for _, m := range media {
 			after = m.ID
-			switch err := c.deleteMedium(ctx, m); {
+			switch err := c.advance(ctx, m); {
+			case errors.Is(err, errPinned):
 			case err == nil:
 				delete(waiting, m.ID)
+				removed++
 			case ctx.Err() != nil:
-				return nil
+				return removed, nil
 			case !waiting[m.ID]:
 				waiting[m.ID] = true
 				c.log.WarnContext(ctx, "medium not deleted yet", "medium", m.ID, "name", m.Name, "err", err)
 			}
 		}
 		if len(media) < 100 {
-			return nil
+			return removed, nil
 		}
 	}
+}
+
+// errPinned: a medium that is detached has to wait for its clones and readers.
+var errPinned = errors.New("versions of it are in use")
+
+// advance takes a medium that is to be deleted as far as it goes (D3).
+func (c *Controller) advance(ctx context.Context, m catalog.Medium) error {
+	if m.State == catalog.MediumDetached {
+		m.State = catalog.MediumDeleting
+		var err error
+		if m, err = c.cat.UpdateMedium(ctx, m); err != nil {
+			if errors.Is(err, atoll.ErrBusy) {
+				return errPinned
+			}
+			return err
+		}
+		c.log.InfoContext(ctx, "medium not in use any more", "medium", m.ID, "name", m.Name)
+	}
+	return c.deleteMedium(ctx, m)
 }
 
 // deleteMedium finishes one deletion by the rules D1 and D2.

@@ -139,8 +139,15 @@ func (r *rig) deleting(name string) catalog.Medium {
 	if _, err = r.cat[1].SwapHead(r.ctx, h); err != nil {
 		r.t.Fatal(err)
 	}
-	m.State = catalog.MediumDeleting
-	if m, err = r.cat[1].UpdateMedium(r.ctx, m); err != nil {
+	return r.detach(m)
+}
+
+// detach deletes a medium as its user does.
+func (r *rig) detach(m catalog.Medium) catalog.Medium {
+	r.t.Helper()
+	m.State = catalog.MediumDetached
+	m, err := r.cat[1].UpdateMedium(r.ctx, m)
+	if err != nil {
 		r.t.Fatal(err)
 	}
 	return m
@@ -189,6 +196,61 @@ func TestDeleteWaits(t *testing.T) {
 		time.Sleep(5 * time.Second)
 		if !r.gone(m) {
 			t.Error("the medium stays")
+		}
+	})
+}
+
+// TestDeletePinned: a chain of clones goes from its young end, and a medium that
+// is read waits for the reader.
+func TestDeletePinned(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t)
+		defer r.close()
+		create := func(name string, parent *catalog.Medium) catalog.Medium {
+			rec := catalog.Medium{Name: name, Kind: catalog.KindVolume, Size: 4096}
+			var err error
+			if parent == nil {
+				rec, err = r.cat[1].CreateMedium(r.ctx, rec)
+			} else {
+				rec, err = r.cat[1].CreateClone(r.ctx, rec, parent.ID, 1, 1)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			h, err := r.cat[1].Acquire(r.ctx, rec.ID, r.ses[1])
+			if err != nil {
+				t.Fatal(err)
+			}
+			h.Process = atoll.UUID{}
+			if _, err := r.cat[1].SwapHead(r.ctx, h); err != nil {
+				t.Fatal(err)
+			}
+			return rec
+		}
+		a := create("a", nil)
+		b := create("b", &a)
+		c := create("c", &b)
+		pin, err := r.cat[1].PinVersion(r.ctx, r.ses[1], c.ID, 1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.detach(a)
+		r.detach(b)
+		time.Sleep(10 * time.Second)
+		if r.gone(a) || r.gone(b) {
+			t.Fatal("a medium with clones was deleted")
+		}
+		r.detach(c)
+		time.Sleep(10 * time.Second)
+		if r.gone(a) || r.gone(b) || r.gone(c) {
+			t.Fatal("a medium that is read was deleted")
+		}
+		if err := r.cat[1].Unpin(r.ctx, pin); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(3 * time.Second)
+		if !r.gone(a) || !r.gone(b) || !r.gone(c) {
+			t.Errorf("still there: %v %v %v", !r.gone(a), !r.gone(b), !r.gone(c))
 		}
 	})
 }

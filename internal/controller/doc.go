@@ -16,6 +16,10 @@
 //   - D2: A medium's record goes only after every node that is part of the
 //     cluster has said, after the deletes, that it holds nothing of it. A node
 //     that does not answer holds the deletion up until it is back or removed.
+//   - D3: A medium that its user deleted is "detached" while clones or readers
+//     pin versions of it. Only live media get pins, so when the last one is gone
+//     none comes back, and the medium goes on to "deleting". A clone's pin goes
+//     with its record: of a chain of clones the youngest goes first.
 //
 // Not here yet, with the place where it will be: repair and drain replace a
 // member of a copyset, which is a change of Copyset.Nodes and Version in a pass

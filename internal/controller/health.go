@@ -50,7 +50,7 @@ type judge struct {
 }
 
 func (h *judge) nodes() {
-	var down, readOnly, full, draining []atoll.NodeID
+	var down, silent, readOnly, full, draining []atoll.NodeID
 	active, writable := 0, 0
 	for _, id := range sortedNodes(h.st) {
 		n := h.st.Nodes[id]
@@ -65,6 +65,8 @@ func (h *judge) nodes() {
 		switch {
 		case !n.Up:
 			down = append(down, id)
+		case n.Report.Silent:
+			silent = append(silent, id)
 		case n.Report.ReadOnly:
 			readOnly = append(readOnly, id)
 		case n.Report.Full:
@@ -79,6 +81,7 @@ func (h *judge) nodes() {
 		h.critical = append(h.critical, "no storage node takes writes")
 	}
 	h.group(down, "is down", "are down")
+	h.group(silent, "does not answer", "do not answer")
 	h.group(readOnly, "is read-only after an I/O error", "are read-only after I/O errors")
 	h.group(full, "is full", "are full")
 	h.group(draining, "is draining", "are draining")
@@ -107,7 +110,7 @@ func (h *judge) group(ids []atoll.NodeID, one, many string) {
 func (h *judge) copysets() {
 	dark := 0
 	for _, set := range h.st.Copysets {
-		readable := func(id atoll.NodeID) bool { return h.st.Nodes[id].Up }
+		readable := func(id atoll.NodeID) bool { return h.st.Nodes[id].Up && !h.st.Nodes[id].Report.Silent }
 		if !slices.ContainsFunc(set.Nodes, readable) {
 			dark++
 		}

@@ -38,6 +38,7 @@ type Dir struct {
 	root  *os.Root
 	flags int  // O_DIRECT or 0
 	dsync bool // the kernel knows pwritev2 with RWF_DSYNC
+	reads *Reads
 }
 
 var _ FS = (*Dir)(nil)
@@ -46,6 +47,9 @@ var _ FS = (*Dir)(nil)
 type DirOptions struct {
 	// NoDirect keeps all transfers in the page cache.
 	NoDirect bool
+	// Reads takes the direct reads of this and other directories of one disk
+	// together; nil for each on its own. It must outlive the files.
+	Reads *Reads
 }
 
 // OpenDir opens the directory at path, which must exist. It tries with a
@@ -59,7 +63,7 @@ func OpenDirWith(path string, opts DirOptions) (*Dir, error) {
 	if err != nil {
 		return nil, wrap("open directory", path, err)
 	}
-	d := &Dir{path: path, root: root}
+	d := &Dir{path: path, root: root, reads: opts.Reads}
 	if err := d.probe(!opts.NoDirect); err != nil {
 		root.Close()
 		return nil, err
@@ -123,7 +127,7 @@ func (d *Dir) open(verb, name string, flags int) (*dirFile, error) {
 	if err != nil {
 		return nil, wrap(verb, name, err)
 	}
-	file := &dirFile{name: name, fd: fd, dsync: d.dsync}
+	file := &dirFile{name: name, fd: fd, dsync: d.dsync, reads: d.reads}
 	file.direct.Store(d.flags != 0)
 	return file, nil
 }

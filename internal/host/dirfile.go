@@ -24,6 +24,7 @@ type dirFile struct {
 	fd     int
 	dsync  bool
 	ro     bool // it could be opened for reading only
+	reads  *Reads
 	direct atomic.Bool
 	closed atomic.Bool
 }
@@ -110,6 +111,17 @@ func (f *dirFile) ReadAt(p []byte, off int64) (int, error) {
 	if direct && !(off&(atoll.BlockSize-1) == 0 && aligned(p)) {
 		return f.readBounced(p, off)
 	}
+	if r := f.reads; direct && r != nil && len(p) <= readsBytes {
+		defer r.leave()
+		if r.enter() && r.read(f.fd, p, off) {
+			return len(p), nil
+		}
+	}
+	return f.readPlain(p, off, direct)
+}
+
+// readPlain reads in the caller's thread.
+func (f *dirFile) readPlain(p []byte, off int64, direct bool) (int, error) {
 	done := 0
 	for done < len(p) {
 		n, err := f.pread(p[done:], off+int64(done))

@@ -39,7 +39,7 @@ const maxTogether = 16
 type iocb struct {
 	data   uint64
 	_      uint32 // key
-	_      int32  // flags
+	rw     int32  // flags of the transfer
 	opcode uint16
 	_      int16 // priority
 	fd     uint32
@@ -47,8 +47,8 @@ type iocb struct {
 	size   uint64
 	off    int64
 	_      uint64 // reserved
-	_      uint32 // flags of the event
-	_      uint32 // eventfd
+	flags  uint32 // of the event
+	event  uint32 // eventfd
 }
 
 type ioEvent struct {

@@ -13,8 +13,10 @@ import (
 )
 
 // Check compares manifest, table and head with one another and with what nodes
-// say they hold, and returns all that does not fit, as ErrCorrupt. It reads no
-// data blocks. A node that does not answer is an error, but no contradiction.
+// say they hold, reads the roots of all versions, looks whether what compaction
+// moved is where it should be and what clones need is there, and returns all
+// that does not fit, as ErrCorrupt. It reads no data blocks. A node that does not
+// answer is an error, but no contradiction.
 func (m *Medium) Check(ctx context.Context) error {
 	if err := m.check(); err != nil {
 		return err
@@ -39,6 +41,8 @@ func (m *Medium) Check(ctx context.Context) error {
 	if err == nil {
 		bad = append(bad, m.checkCopies(known, copies)...)
 	}
+	bad = append(bad, m.checkVersions(ctx)...)
+	bad = append(bad, m.checkMoved()...)
 	if err := errors.Join(bad...); err != nil {
 		return fmt.Errorf("check medium %v: %w", m.id, err)
 	}
@@ -62,7 +66,7 @@ func (m *Medium) Mend(ctx context.Context) (stream.Mended, []error) {
 		}
 		got, errs := m.opts.Nodes.Mend(ctx, s, m.epoch)
 		sum.Add(got)
-		if st, _, _ := m.table.at(s.Seg.Ordinal).get(); st == stateDropped || st == stateGone {
+		if st, _, _ := m.table.at(s.Seg.Ordinal).get(); st == stateDropped || st == stateGone || st == stateVirtual {
 			continue // reclaimed meanwhile
 		}
 		for _, err := range errs {
@@ -168,6 +172,111 @@ func (m *Medium) checkSegment(s catalog.Sealed, held []stream.Copy) (bad []error
 			bad = append(bad, fmt.Errorf("segment %v: copy on node %v is damaged: %w", seg, id, atoll.ErrCorrupt))
 		case held[i].Length < length || held[i].Sealed && held[i].Length != length:
 			bad = append(bad, fmt.Errorf("segment %v: copy on node %v has %d of %d blocks: %w", seg, id, held[i].Length, length, atoll.ErrCorrupt))
+		}
+	}
+	return bad
+}
+
+// checkVersions reads the roots of all versions, and looks whether every version
+// that a clone began as is there.
+func (m *Medium) checkVersions(ctx context.Context) (bad []error) {
+	s := m.State()
+	if err := s.check(); err != nil {
+		bad = append(bad, err)
+	}
+	for i := range s.Versions {
+		_, err := m.ReadRoot(ctx, s.Versions[i].Number)
+		if now := m.State(); err != nil && now.Find(s.Versions[i].Number) != nil {
+			bad = append(bad, err)
+		}
+	}
+	for _, p := range m.unmet(ctx, &bad) {
+		bad = append(bad, fmt.Errorf("clone %v began as version %d, which is not there: %w", p.Clone, p.Version, atoll.ErrCorrupt))
+	}
+	return bad
+}
+
+// unmet returns the pins of clones for which there is no version. Since clones
+// come and go meanwhile it looks twice.
+func (m *Medium) unmet(ctx context.Context, bad *[]error) (left []catalog.Pin) {
+	for try := range 2 {
+		pins, err := m.opts.Catalog.Pins(ctx, m.id)
+		if err != nil {
+			*bad = append(*bad, err)
+			return nil
+		}
+		s := m.State()
+		pins = slices.DeleteFunc(pins, func(p catalog.Pin) bool {
+			return p.Clone == 0 || s.Find(p.Version) != nil || try > 0 && !slices.Contains(left, p)
+		})
+		if left = pins; len(left) == 0 {
+			return nil
+		}
+	}
+	return left
+}
+
+// checkMoved looks at the remaps, and counts what keeps segments.
+func (m *Medium) checkMoved() (bad []error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	own := map[atoll.Ordinal]int32{}
+	note := func(r Ref) {
+		if !r.IsZero() {
+			own[r.Ordinal]++
+		}
+	}
+	note(m.mu.ref)
+	note(m.mu.man.RootRef)
+	for _, g := range m.mu.man.Pages {
+		note(g.Ref)
+	}
+	for i := range m.mu.man.Versions {
+		note(m.mu.man.Versions[i].Root)
+	}
+	for _, c := range *m.table.chunks.Load() {
+		if c != nil {
+			note(c.ref)
+		}
+	}
+	moved := map[atoll.Ordinal]int{}
+	m.table.each(func(o atoll.Ordinal, s *slot) {
+		st, _, _ := s.get()
+		r, x := s.remap.Load(), m.table.rare[o]
+		if r == nil != (st != stateVirtual) {
+			bad = append(bad, fmt.Errorf("segment %d in state %d, with a remap: %t: %w", o, st, r != nil, atoll.ErrCorrupt))
+		}
+		if r != nil {
+			note(x.remap)
+			bad = append(bad, m.checkRemap(o, r, moved)...)
+		}
+	})
+	m.table.each(func(o atoll.Ordinal, s *slot) {
+		if s.own != own[o] || len(m.table.moved[o]) != moved[o] {
+			bad = append(bad, fmt.Errorf("segment %d: %d records of the manifest counted, %d there; blocks of %d segments counted, of %d there: %w",
+				o, s.own, own[o], len(m.table.moved[o]), moved[o], atoll.ErrCorrupt))
+		}
+	})
+	return bad
+}
+
+// checkRemap looks whether the places that a remap names can be.
+func (m *Medium) checkRemap(o atoll.Ordinal, r *remap, moved map[atoll.Ordinal]int) (bad []error) {
+	for to, n := range r.into() {
+		moved[to]++
+		if m.table.moved[to][o] != n {
+			bad = append(bad, fmt.Errorf("%d blocks of segment %d are in segment %d, %d counted: %w", n, o, to, m.table.moved[to][o], atoll.ErrCorrupt))
+		}
+	}
+	for _, v := range r.runs {
+		s := m.table.at(v.Ordinal)
+		if s == nil {
+			bad = append(bad, fmt.Errorf("segment %d moved to segment %d, which is not there: %w", o, v.Ordinal, atoll.ErrCorrupt))
+			continue
+		}
+		if st, _, _ := s.get(); st != stateOpen && (st != stateLive || v.Block+v.Blocks > s.length) {
+			bad = append(bad, fmt.Errorf("segment %d moved to %d blocks at %d:%d, which is in state %d and has %d: %w",
+				o, v.Blocks, v.Ordinal, v.Block, st, s.length, atoll.ErrCorrupt))
 		}
 	}
 	return bad

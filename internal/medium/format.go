@@ -19,6 +19,8 @@ const (
 	kindRemap    segment.Kind = 4 // where blocks of a compacted segment went
 	kindNote     segment.Kind = 5 // what the head says, after each roll
 	kindMark     segment.Kind = 6 // where a mark was taken; no payload
+	kindVersions segment.Kind = 7 // page of the list of versions
+	kindVerRoot  segment.Kind = 8 // root of the kind of a version
 
 	// FirstKind is the lowest record kind that a kind of medium may use.
 	FirstKind segment.Kind = 16
@@ -36,7 +38,7 @@ const (
 // The root of a manifest:
 //
 //	  0   4  magic "ATMR"
-//	  4   1  version (1)
+//	  4   1  version (2)
 //	  5   3  0
 //	  8   4  checksum
 //	 12   4  length
@@ -47,51 +49,82 @@ const (
 //	 48   8  mark: sequence number of the first record to replay
 //	 56   4  mark: bulk segments below this ordinal were sealed
 //	 60   4  next ordinal when written
-//	 64   8  parent medium (of a clone)      72  8  parent version
+//	 64   8  version that the present state grew from, 0 for none
+//	 72   8  version named release, 0 for none
 //	 80  20  reference to the kind's root, zero when it is inline
-//	100  20  reference to delta runs (reserved)
+//	100   8  highest number given to a version
+//	108  12  0
 //	120   4  length of the kind's root
 //	124   4  number of chunk references
-//	128   4  number of versions
+//	128   4  number of references to pages of versions
 //	132   4  number of the first chunk; every segment of those before is gone
 //	136      the kind's root if inline
 //	         chunk references, 20 bytes each; chunk i covers the ordinals from
 //	         i*512+1 on; none means that every segment of it is gone
-//	         versions
+//	         references to pages of versions, each the page's number (4) and
+//	         the reference (20)
 //
-// A version:
+// In version 1 there is nothing from 64 to 79 and from 100 to 119. At 128 it has
+// the number of versions, which follow the chunk references:
 //
 //	 0   8  number            8   8  time, nanoseconds since 1970
-//	16   8  sequence number  24  20  root   44  20  deadlist
-//	64   2  length of name   66   2  length of memo   68  name, memo
+//	16   8  sequence number  24  20  root of the kind   44  20  0
+//	64   2  length of name   66   2  length of memo     68  name, memo
+//
+// Page i of the versions has those with the numbers from 128*i on:
+//
+//	 0   4  magic "ATMV"   4  1  version (1)   5  3  0
+//	 8   4  checksum      12  4  length
+//	16   8  medium        24  4  number of the page  28  4  number of versions
+//	32      versions in the order of their numbers:
+//
+//	 0   8  number                 8  8  time, nanoseconds since 1970
+//	16   8  parent version        24  8  place in the hot lane (check bits 0)
+//	32   8  sequence number       40  8  size in bytes
+//	48   8  bytes mapped          56  8  bytes only it has, -1 if not known
+//	64   4  epoch of the kind     68  4  flags: 1 deleting, 2 internal, 4 protected
+//	72  20  root of the kind      92  4  length of the root
+//	96   2  length of name        98  2  length of memo
+//	100  2  number of properties 102  2  0
+//	104     name, memo, properties in the order of their names: length of the
+//	        name (2), name, length of the value (2), value
 //
 // A chunk of the segment table:
 //
-//	 0   4  magic "ATMC"   4  1  version (1)   5  3  0
+//	 0   4  magic "ATMC"   4  1  version (2)   5  3  0
 //	 8   4  checksum      12  4  length
 //	16   8  medium        24  4  first ordinal  28  4  number of entries
 //	32      entries, 64 bytes each:
 //
 //	 0   1  state          1   1  lane     2  1  number of unverified copies
-//	 3   1  0              4   4  copyset  8  4  length in blocks
-//	12   4  live blocks   16   8  birth generation
+//	 3   1  flags: 1 = a compacted segment was removed from all nodes (new in 2)
+//	 4   4  copyset        8   4  length in blocks
+//	12   4  live blocks   16   4  size as made, in blocks, 0 not known (new in 2)
+//	20   4  0
 //	24  20  remap         44  20  nodes with unverified copies
 const (
 	magicManifest = 0x524d5441 // "ATMR"
 	magicChunk    = 0x434d5441 // "ATMC"
 	magicRemap    = 0x504d5441 // "ATMP"
 	magicNote     = 0x4e4d5441 // "ATMN"
-	formatVersion = 1
+	magicVersions = 0x564d5441 // "ATMV"
+
+	// Newest versions of the records.
+	manifestVersion = 2
+	chunkVersion    = 2
+	remapVersion    = 2
+	noteVersion     = 1
+	pageVersion     = 1
 
 	refSize     = 20
 	rootFixed   = 136
-	versionSize = 68
-	chunkFixed  = 32
-	entrySize   = 64
-	remapFixed  = 32
-	remapRun    = 16
-	noteFixed   = 64
-	noteEntry   = 36
+	pageRefSize = 24
+
+	versionFixed1 = 68
+	chunkFixed    = 32
+	entrySize     = 64
+	noteFixed     = 64
+	noteEntry     = 36
 
 	// chunkEntries is the number of ordinals that a chunk covers.
 	chunkEntries = 512
@@ -101,6 +134,10 @@ const (
 	MaxRoot = 1 << 20
 	// maxChunks bounds the table: 33 million segments.
 	maxChunks = 1 << 16
+	// pageVersions is the number of version numbers that a page covers.
+	pageVersions = 128
+	// maxPages bounds the list of pages that a manifest's root can hold.
+	maxPages = 1 << 15
 )
 
 var (
@@ -130,17 +167,6 @@ type Mark struct {
 	count int64 // blocks the kind had appended to the hot lane since Open
 }
 
-// Version is a recorded state of a medium.
-type Version struct {
-	Number   uint64
-	Name     string
-	Memo     string
-	Time     time.Time
-	Seq      uint64 // the state is that before this sequence number
-	Root     Ref    // the kind's root
-	Deadlist Ref    // blocks that died since and that this version holds
-}
-
 // state of a segment in the table.
 type state uint8
 
@@ -160,27 +186,35 @@ type entry struct {
 	Copyset    atoll.CopysetID
 	Length     atoll.BlockNo
 	Live       int32
-	Generation uint64
+	Size       atoll.BlockNo // as made: what it takes on disks; 0 not known
 	Remap      Ref
+	Removed    bool // virtual, and no node holds it any more
 	Unverified []atoll.NodeID
 }
 
-// manifest is the decoded root of a manifest.
+// manifest is the decoded root of a manifest, with its versions.
 type manifest struct {
-	Medium   atoll.MediumID
-	Epoch    atoll.Epoch
-	Serial   uint64
-	Mark     Mark
-	Next     atoll.Ordinal
-	Parent   atoll.MediumID
-	ParentV  uint64
-	Root     []byte // inline root of the kind
-	RootRef  Ref    // or where it is
-	RootLen  int
-	Delta    Ref
-	First    int // number of the first chunk in Chunks
-	Chunks   []Ref
-	Versions []Version
+	Medium     atoll.MediumID
+	Epoch      atoll.Epoch
+	Serial     uint64
+	Mark       Mark
+	Next       atoll.Ordinal
+	CurParent  uint64
+	Release    uint64
+	LastNumber uint64
+	Root       []byte // inline root of the kind
+	RootRef    Ref    // or where it is
+	RootLen    int
+	First      int // number of the first chunk in Chunks
+	Chunks     []Ref
+	Pages      []pageRef
+	Versions   []Version // what the pages say, in the order of numbers
+}
+
+// pageRef tells where a page of versions is.
+type pageRef struct {
+	Page uint32
+	Ref  Ref
 }
 
 func putRef(p []byte, r Ref) {
@@ -200,10 +234,10 @@ func getRef(p []byte) Ref {
 }
 
 // frame starts a record: magic, version and room for checksum and length.
-func frame(magic uint32, fixed int) []byte {
+func frame(magic uint32, version byte, fixed int) []byte {
 	p := make([]byte, fixed, max(fixed, atoll.BlockSize))
 	le.PutUint32(p[0:], magic)
-	p[4] = formatVersion
+	p[4] = version
 	return p
 }
 
@@ -222,9 +256,9 @@ func frameCRC(p []byte) uint32 {
 	return crc32.Update(c, castagnoli, p[12:])
 }
 
-// unframe checks magic, checksum and version and returns the bytes of the
-// record without padding.
-func unframe(what string, p []byte, magic uint32, fixed int) ([]byte, error) {
+// unframe checks magic, checksum and version, which p[4] tells, and returns the
+// bytes of the record without padding.
+func unframe(what string, p []byte, magic uint32, newest byte, fixed int) ([]byte, error) {
 	if len(p) < fixed || le.Uint32(p) != magic {
 		return nil, fmt.Errorf("parse %s: no magic: %w", what, atoll.ErrCorrupt)
 	}
@@ -236,15 +270,18 @@ func unframe(what string, p []byte, magic uint32, fixed int) ([]byte, error) {
 	if c := frameCRC(p); c != le.Uint32(p[8:]) {
 		return nil, fmt.Errorf("parse %s: checksum %08x, stored %08x: %w", what, c, le.Uint32(p[8:]), atoll.ErrCorrupt)
 	}
-	if p[4] != formatVersion {
-		return nil, fmt.Errorf("parse %s: version %d, this program knows %d: %w", what, p[4], formatVersion, atoll.ErrVersion)
+	if p[4] > newest {
+		return nil, fmt.Errorf("parse %s: version %d, this program knows %d: %w", what, p[4], newest, atoll.ErrVersion)
+	}
+	if p[4] == 0 {
+		return nil, fmt.Errorf("parse %s: no version: %w", what, atoll.ErrCorrupt)
 	}
 	return p, nil
 }
 
 // encode returns the root record in whole blocks.
 func (m *manifest) encode() []byte {
-	p := frame(magicManifest, rootFixed)
+	p := frame(magicManifest, manifestVersion, rootFixed)
 	le.PutUint64(p[16:], uint64(m.Medium))
 	le.PutUint64(p[24:], uint64(m.Epoch))
 	le.PutUint64(p[32:], m.Serial)
@@ -253,42 +290,31 @@ func (m *manifest) encode() []byte {
 	le.PutUint64(p[48:], m.Mark.Seq)
 	le.PutUint32(p[56:], uint32(m.Mark.Bulk))
 	le.PutUint32(p[60:], uint32(m.Next))
-	le.PutUint64(p[64:], uint64(m.Parent))
-	le.PutUint64(p[72:], m.ParentV)
+	le.PutUint64(p[64:], m.CurParent)
+	le.PutUint64(p[72:], m.Release)
 	putRef(p[80:], m.RootRef)
-	putRef(p[100:], m.Delta)
+	le.PutUint64(p[100:], m.LastNumber)
 	le.PutUint32(p[120:], uint32(m.RootLen))
 	le.PutUint32(p[124:], uint32(len(m.Chunks)))
-	le.PutUint32(p[128:], uint32(len(m.Versions)))
+	le.PutUint32(p[128:], uint32(len(m.Pages)))
 	le.PutUint32(p[132:], uint32(m.First))
 	p = append(p, m.Root...)
 	for _, c := range m.Chunks {
 		p = append(p, make([]byte, refSize)...)
 		putRef(p[len(p)-refSize:], c)
 	}
-	for i := range m.Versions {
-		p = appendVersion(p, &m.Versions[i])
+	for _, g := range m.Pages {
+		p = le.AppendUint32(p, g.Page)
+		p = append(p, make([]byte, refSize)...)
+		putRef(p[len(p)-refSize:], g.Ref)
 	}
 	return finish(p)
 }
 
-func appendVersion(p []byte, v *Version) []byte {
-	var q [versionSize]byte
-	le.PutUint64(q[0:], v.Number)
-	le.PutUint64(q[8:], uint64(v.Time.UnixNano()))
-	le.PutUint64(q[16:], v.Seq)
-	putRef(q[24:], v.Root)
-	putRef(q[44:], v.Deadlist)
-	le.PutUint16(q[64:], uint16(len(v.Name)))
-	le.PutUint16(q[66:], uint16(len(v.Memo)))
-	p = append(p, q[:]...)
-	p = append(p, v.Name...)
-	return append(p, v.Memo...)
-}
-
-// parseManifest decodes a root record. The result does not share memory with p.
+// parseManifest decodes a root record, without what its version pages say. The
+// result does not share memory with p.
 func parseManifest(p []byte) (*manifest, error) {
-	p, err := unframe("manifest", p, magicManifest, rootFixed)
+	p, err := unframe("manifest", p, magicManifest, manifestVersion, rootFixed)
 	if err != nil {
 		return nil, err
 	}
@@ -298,63 +324,74 @@ func parseManifest(p []byte) (*manifest, error) {
 			Ordinal: atoll.Ordinal(le.Uint32(p[40:])), Block: atoll.BlockNo(le.Uint32(p[44:])),
 			Seq: le.Uint64(p[48:]), Bulk: atoll.Ordinal(le.Uint32(p[56:])),
 		},
-		Next: atoll.Ordinal(le.Uint32(p[60:])), Parent: atoll.MediumID(le.Uint64(p[64:])), ParentV: le.Uint64(p[72:]),
-		RootRef: getRef(p[80:]), Delta: getRef(p[100:]), RootLen: int(le.Uint32(p[120:])), First: int(le.Uint32(p[132:])),
+		Next: atoll.Ordinal(le.Uint32(p[60:])), RootRef: getRef(p[80:]),
+		RootLen: int(le.Uint32(p[120:])), First: int(le.Uint32(p[132:])),
 	}
-	chunks, versions := int(le.Uint32(p[124:])), int(le.Uint32(p[128:]))
+	chunks, pages := int(le.Uint32(p[124:])), int(le.Uint32(p[128:]))
+	if p[4] >= 2 {
+		m.CurParent, m.Release, m.LastNumber = le.Uint64(p[64:]), le.Uint64(p[72:]), le.Uint64(p[100:])
+	}
 	q := p[rootFixed:]
 	bad := fmt.Errorf("parse manifest of medium %v: counts do not agree with length: %w", m.Medium, atoll.ErrCorrupt)
-	if m.RootLen > MaxRoot || chunks > maxChunks || m.First > 1<<23 {
+	if m.RootLen > MaxRoot || chunks > maxChunks || m.First > 1<<23 || pages > maxPages {
 		return nil, bad
 	}
+	inline := 0
 	if m.RootRef.IsZero() {
-		if len(q) < m.RootLen {
-			return nil, bad
-		}
-		if m.RootLen > 0 {
-			m.Root = append([]byte(nil), q[:m.RootLen]...)
-		}
-		q = q[m.RootLen:]
+		inline = m.RootLen
 	}
-	if len(q) < chunks*refSize {
+	if need := inline + chunks*refSize + pages*pageRefSize; p[4] >= 2 && len(q) != need || len(q) < inline+chunks*refSize {
 		return nil, bad
 	}
+	if inline > 0 {
+		m.Root = append([]byte(nil), q[:inline]...)
+	}
+	q = q[inline:]
 	for range chunks {
 		m.Chunks = append(m.Chunks, getRef(q))
 		q = q[refSize:]
 	}
-	for range versions {
-		v, rest, ok := parseVersion(q)
-		if !ok {
-			return nil, bad
-		}
-		m.Versions, q = append(m.Versions, v), rest
+	if p[4] == 1 {
+		return m, m.versions1(q, pages)
 	}
-	if len(q) != 0 {
-		return nil, bad
+	for i := range pages {
+		m.Pages = append(m.Pages, pageRef{le.Uint32(q), getRef(q[4:])})
+		if i > 0 && m.Pages[i].Page <= m.Pages[i-1].Page {
+			return nil, fmt.Errorf("parse manifest of medium %v: pages out of order: %w", m.Medium, atoll.ErrCorrupt)
+		}
+		q = q[pageRefSize:]
 	}
 	return m, nil
 }
 
-func parseVersion(q []byte) (v Version, rest []byte, ok bool) {
-	if len(q) < versionSize {
-		return v, nil, false
+// versions1 decodes the versions of format 1.
+func (m *manifest) versions1(q []byte, n int) error {
+	bad := fmt.Errorf("parse manifest of medium %v: versions do not agree with length: %w", m.Medium, atoll.ErrCorrupt)
+	for range n {
+		if len(q) < versionFixed1 {
+			return bad
+		}
+		v := Version{
+			Number: le.Uint64(q[0:]), Time: time.Unix(0, int64(le.Uint64(q[8:]))), Seq: le.Uint64(q[16:]),
+			Root: getRef(q[24:]), Unique: -1,
+		}
+		name, memo := int(le.Uint16(q[64:])), int(le.Uint16(q[66:]))
+		if q = q[versionFixed1:]; len(q) < name+memo || v.Root.Blocks > MaxRoot/atoll.BlockSize || v.Number <= m.LastNumber {
+			return bad
+		}
+		v.RootLen = int(v.Root.Blocks.Bytes())
+		v.Name, v.Memo, q = string(q[:name]), string(q[name:name+memo]), q[name+memo:]
+		m.Versions, m.LastNumber = append(m.Versions, v), v.Number
 	}
-	name, memo := int(le.Uint16(q[64:])), int(le.Uint16(q[66:]))
-	if len(q) < versionSize+name+memo {
-		return v, nil, false
+	if len(q) != 0 {
+		return bad
 	}
-	v = Version{
-		Number: le.Uint64(q[0:]), Time: time.Unix(0, int64(le.Uint64(q[8:]))), Seq: le.Uint64(q[16:]),
-		Root: getRef(q[24:]), Deadlist: getRef(q[44:]),
-		Name: string(q[versionSize : versionSize+name]), Memo: string(q[versionSize+name : versionSize+name+memo]),
-	}
-	return v, q[versionSize+name+memo:], true
+	return nil
 }
 
 // encodeChunk returns a chunk record in whole blocks.
 func encodeChunk(medium atoll.MediumID, first atoll.Ordinal, entries []entry) []byte {
-	p := frame(magicChunk, chunkFixed+entrySize*len(entries))
+	p := frame(magicChunk, chunkVersion, chunkFixed+entrySize*len(entries))
 	le.PutUint64(p[16:], uint64(medium))
 	le.PutUint32(p[24:], uint32(first))
 	le.PutUint32(p[28:], uint32(len(entries)))
@@ -366,10 +403,13 @@ func encodeChunk(medium atoll.MediumID, first atoll.Ordinal, entries []entry) []
 
 func putEntry(q []byte, e *entry) {
 	q[0], q[1], q[2] = byte(e.State), byte(e.Lane), byte(len(e.Unverified))
+	if e.Removed {
+		q[3] = 1
+	}
 	le.PutUint32(q[4:], uint32(e.Copyset))
 	le.PutUint32(q[8:], uint32(e.Length))
 	le.PutUint32(q[12:], uint32(e.Live))
-	le.PutUint64(q[16:], e.Generation)
+	le.PutUint32(q[16:], uint32(e.Size))
 	putRef(q[24:], e.Remap)
 	for i, n := range e.Unverified {
 		le.PutUint32(q[44+4*i:], uint32(n))
@@ -378,7 +418,7 @@ func putEntry(q []byte, e *entry) {
 
 // parseChunk decodes a chunk record.
 func parseChunk(p []byte) (medium atoll.MediumID, first atoll.Ordinal, entries []entry, err error) {
-	p, err = unframe("chunk of a segment table", p, magicChunk, chunkFixed)
+	p, err = unframe("chunk of a segment table", p, magicChunk, chunkVersion, chunkFixed)
 	if err != nil {
 		return 0, 0, nil, err
 	}
@@ -394,7 +434,10 @@ func parseChunk(p []byte) (medium atoll.MediumID, first atoll.Ordinal, entries [
 		*e = entry{
 			State: state(q[0]), Lane: catalog.Lane(q[1]), Copyset: atoll.CopysetID(le.Uint32(q[4:])),
 			Length: atoll.BlockNo(le.Uint32(q[8:])), Live: int32(le.Uint32(q[12:])),
-			Generation: le.Uint64(q[16:]), Remap: getRef(q[24:]),
+			Remap: getRef(q[24:]),
+		}
+		if p[4] >= 2 {
+			e.Size, e.Removed = atoll.BlockNo(le.Uint32(q[16:])), q[3]&1 != 0
 		}
 		if e.State > stateVirtual || q[2] > atoll.MaxCopies || e.Lane > catalog.Bulk {
 			return 0, 0, nil, fmt.Errorf("parse chunk of a segment table: entry %d makes no sense: %w", i, atoll.ErrCorrupt)

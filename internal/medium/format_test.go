@@ -19,22 +19,30 @@ var rewrite = flag.Bool("rewrite", false, "write the files in testdata anew")
 func sampleManifest() *manifest {
 	return &manifest{
 		Medium: 0x0123456789abcdef, Epoch: 7, Serial: 9, Mark: Mark{Ordinal: 3, Block: 17, Seq: 4711, Bulk: 5},
-		Next: 12, Parent: 0xfedcba9876543210, ParentV: 2, Root: []byte("root of the kind"), RootLen: 16,
-		Delta: Ref{1, 2, 3, 4, 5}, First: 1, Chunks: []Ref{{2, 1, 40, 8, 0xabcd}, {}},
-		Versions: []Version{{
-			Number: 1, Name: "release", Memo: "before the move", Time: time.Unix(0, 1700000000000000000), Seq: 99,
-			Root: Ref{2, 1, 60, 1, 6}, Deadlist: Ref{2, 1, 61, 1, 7},
-		}},
+		Next: 12, CurParent: 130, Release: 3, LastNumber: 131, Root: []byte("root of the kind"), RootLen: 16,
+		First: 1, Chunks: []Ref{{2, 1, 40, 8, 0xabcd}, {}},
+		Pages: []pageRef{{0, Ref{2, 1, 50, 1, 0xef}}, {1, Ref{2, 1, 60, 2, 0xfe}}},
 	}
+}
+
+func sampleVersions() []Version {
+	return []Version{{
+		Number: 3, Name: "before-the-move", Memo: "safe", Time: time.Unix(0, 1700000000000000000), Parent: 1,
+		At: atoll.MakeLocation(2, 77, 0), Seq: 99, Epoch: 5, Size: 1 << 30, Used: 1 << 20, Unique: -1,
+		Flags: FlagProtected, Props: map[string]string{"group": "g", "a": ""}, Root: Ref{2, 1, 60, 1, 6}, RootLen: 4000,
+	}, {
+		Number: 127, Time: time.Unix(0, 1700000000000000001), Parent: 3, Flags: FlagInternal | FlagDeleting,
+		Root: Ref{2, 1, 61, 1, 7}, RootLen: 1,
+	}}
 }
 
 func sampleEntries() []entry {
 	return []entry{
-		{State: stateLive, Lane: catalog.Hot, Copyset: 1, Length: 16000, Live: 12345, Generation: 3},
+		{State: stateLive, Lane: catalog.Hot, Copyset: 1, Length: 16000, Live: 12345, Size: 16384},
 		{State: stateDropped, Lane: catalog.Bulk, Copyset: 2},
 		{State: stateGone},
 		{State: stateLive, Lane: catalog.Bulk, Copyset: 3, Length: 77, Unverified: []atoll.NodeID{4, 5}},
-		{State: stateVirtual, Copyset: 3, Length: 77, Remap: Ref{9, 8, 7, 6, 5}},
+		{State: stateVirtual, Copyset: 3, Length: 77, Remap: Ref{9, 8, 7, 6, 5}, Removed: true},
 	}
 }
 
@@ -49,7 +57,7 @@ func sampleHead() *catalog.Head {
 }
 
 func sampleRemap() *remap {
-	return &remap{Medium: 5, Ordinal: 3, Moves: []move{{1, 4, 9, 100}, {5, 1, 9, 200}, {70, 10, 10, 0}}}
+	return newRemap(5, 3, []move{{70, 10, 10, 0}, {1, 4, 9, 100}, {5, 1, 9, 200}})
 }
 
 // golden checks bytes against a file that must be readable for ever.
@@ -73,12 +81,18 @@ func golden(t *testing.T, name string, got []byte) {
 func TestFormats(t *testing.T) {
 	m := sampleManifest()
 	p := m.encode()
-	golden(t, "v1.manifest", p)
+	golden(t, "v2.manifest", p)
 	if got, err := parseManifest(p); err != nil || !reflect.DeepEqual(got, m) {
 		t.Errorf("manifest: %v\n got %+v\nwant %+v", err, got, m)
 	}
+	p = encodePage(m.Medium, 0, sampleVersions())
+	golden(t, "v1.versions", p)
+	id, page, versions, err := parsePage(p)
+	if err != nil || id != m.Medium || page != 0 || !reflect.DeepEqual(versions, sampleVersions()) {
+		t.Errorf("versions: %v %v %v\n got %+v", err, id, page, versions)
+	}
 	p = encodeChunk(m.Medium, 513, sampleEntries())
-	golden(t, "v1.chunk", p)
+	golden(t, "v2.chunk", p)
 	id, first, entries, err := parseChunk(p)
 	if err != nil || id != m.Medium || first != 513 || !reflect.DeepEqual(entries, sampleEntries()) {
 		t.Errorf("chunk: %v %v %v\n got %+v", err, id, first, entries)
@@ -89,8 +103,36 @@ func TestFormats(t *testing.T) {
 		t.Errorf("note: %v\n got %+v", err, got)
 	}
 	p = sampleRemap().encode()
-	golden(t, "v1.remap", p)
+	golden(t, "v2.remap", p)
 	if got, err := parseRemap(p); err != nil || !reflect.DeepEqual(got, sampleRemap()) {
+		t.Errorf("remap: %v\n got %+v", err, got)
+	}
+}
+
+// TestOldFormats reads what version 1 wrote.
+func TestOldFormats(t *testing.T) {
+	read := func(name string) []byte {
+		p, err := os.ReadFile(filepath.Join("testdata", name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return p
+	}
+	want := sampleManifest()
+	want.CurParent, want.Release, want.LastNumber, want.Pages = 0, 0, 1, nil
+	want.Versions = []Version{{
+		Number: 1, Name: "release", Memo: "before the move", Time: time.Unix(0, 1700000000000000000), Seq: 99,
+		Root: Ref{2, 1, 60, 1, 6}, RootLen: 4096, Unique: -1,
+	}}
+	if got, err := parseManifest(read("v1.manifest")); err != nil || !reflect.DeepEqual(got, want) {
+		t.Errorf("manifest: %v\n got %+v\nwant %+v", err, got, want)
+	}
+	entries := sampleEntries()
+	entries[0].Size, entries[4].Removed = 0, false
+	if _, _, got, err := parseChunk(read("v1.chunk")); err != nil || !reflect.DeepEqual(got, entries) {
+		t.Errorf("chunk: %v\n got %+v", err, got)
+	}
+	if got, err := parseRemap(read("v1.remap")); err != nil || !reflect.DeepEqual(got, sampleRemap()) {
 		t.Errorf("remap: %v\n got %+v", err, got)
 	}
 }
@@ -100,6 +142,7 @@ func TestFormatDamage(t *testing.T) {
 	records := map[string][]byte{
 		"manifest": sampleManifest().encode(), "chunk": encodeChunk(1, 1, sampleEntries()),
 		"note": encodeNote(sampleHead()), "remap": sampleRemap().encode(),
+		"versions": encodePage(1, 0, sampleVersions()),
 	}
 	for name, p := range records {
 		n := int(le.Uint32(p[12:]))
@@ -111,7 +154,7 @@ func TestFormatDamage(t *testing.T) {
 			}
 		}
 		q := bytes.Clone(p)
-		q[4] = formatVersion + 1
+		q[4] += 1
 		le.PutUint32(q[8:], frameCRC(q[:n]))
 		if err := parseAny(q); !errors.Is(err, atoll.ErrVersion) {
 			t.Errorf("%s: newer version: %v", name, err)
@@ -128,6 +171,8 @@ func parseAny(p []byte) error {
 		_, _, _, err = parseChunk(p)
 	case magicNote:
 		_, err = parseNote(p)
+	case magicVersions:
+		_, _, _, err = parsePage(p)
 	case magicRemap:
 		_, err = parseRemap(p)
 	default:
@@ -141,6 +186,14 @@ func FuzzFormats(f *testing.F) {
 	f.Add(encodeChunk(1, 1, sampleEntries()))
 	f.Add(encodeNote(sampleHead()))
 	f.Add(sampleRemap().encode())
+	f.Add(encodePage(1, 0, sampleVersions()))
+	for _, name := range []string{"v1.manifest", "v1.chunk", "v1.remap"} {
+		p, err := os.ReadFile(filepath.Join("testdata", name))
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(p)
+	}
 	f.Fuzz(func(t *testing.T, p []byte) {
 		// Make the frame valid, so that the fuzzer gets at what is inside.
 		if len(p) < chunkFixed {
@@ -152,12 +205,28 @@ func FuzzFormats(f *testing.F) {
 		if parseAny(p) != nil {
 			return
 		}
-		if le.Uint32(p) != magicManifest {
-			return
-		}
-		m, _ := parseManifest(p)
-		if again, err := parseManifest(m.encode()); err != nil || !reflect.DeepEqual(again, m) {
-			t.Errorf("manifest does not survive another round: %v", err)
+		switch le.Uint32(p) {
+		case magicManifest:
+			m, _ := parseManifest(p)
+			if p[4] == 1 {
+				m.Versions = nil // the pages have them now
+			}
+			if again, err := parseManifest(m.encode()); err != nil || !reflect.DeepEqual(again, m) {
+				t.Errorf("manifest does not survive another round: %v", err)
+			}
+		case magicVersions:
+			id, page, vs, _ := parsePage(p)
+			if len(vs) == 0 {
+				return
+			}
+			if _, _, again, err := parsePage(encodePage(id, page, vs)); err != nil || !reflect.DeepEqual(again, vs) {
+				t.Errorf("versions do not survive another round: %v", err)
+			}
+		case magicRemap:
+			r, _ := parseRemap(p)
+			if again, err := parseRemap(r.encode()); err != nil || !reflect.DeepEqual(again.moves(), r.moves()) {
+				t.Errorf("remap does not survive another round: %v", err)
+			}
 		}
 	})
 }

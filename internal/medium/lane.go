@@ -2,6 +2,7 @@ package medium
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"sync/atomic"
 
@@ -51,15 +52,39 @@ func (m *Medium) openLane(ctx context.Context, id catalog.Lane) (*stream.Writer,
 			return nil, err
 		}
 	}
+	reserve := func() bool { return id == catalog.Bulk || m.reserve.Load() > 0 }
 	w, err := stream.OpenWriter(stream.WriterOptions{
-		Nodes: m.opts.Nodes, Registry: registry{m}, Medium: m.id, Epoch: m.epoch, Lane: id, Seq: l.seq,
-		Policy: m.Info().Policy, Valid: m.Valid, Idle: m.opts.Idle, Log: m.log, Metrics: m.opts.Streams,
+		Reserve: reserve,
+		Nodes:   m.opts.Nodes, Registry: registry{m}, Medium: m.id, Epoch: m.epoch, Lane: id, Seq: l.seq,
+		Policy: m.policy(), Valid: m.Valid, Idle: m.opts.Idle, Log: m.log, Metrics: m.opts.Streams,
 	})
 	if err != nil {
 		return nil, err
 	}
 	l.w.Store(w)
 	return w, nil
+}
+
+// smallSegment is the size of the segments of the smallest volumes, in blocks.
+const smallSegment = 1024
+
+// policy returns the medium's policy with the size of its segments: what the
+// record says, or else the usual one, but for a small volume no more than a
+// quarter of it. Each lane takes a segment on every node as soon as one block is
+// written.
+func (m *Medium) policy() catalog.Policy {
+	info := m.Info()
+	p := info.Policy
+	if p.Segment > 0 {
+		return p
+	}
+	p.Segment = atoll.SegmentBlocks
+	if info.Kind == catalog.KindVolume {
+		for p.Segment > smallSegment && int64(p.Segment)*atoll.BlockSize*4 > info.Size {
+			p.Segment /= 2
+		}
+	}
+	return p
 }
 
 // closeLane seals what is open.
@@ -85,8 +110,8 @@ func (m *Medium) Roll(ctx context.Context, id catalog.Lane) error {
 	return nil
 }
 
-// Mark returns a position of the hot lane: everything submitted before the call
-// lies before it, on stable storage. It appends a record of its own to find
+// Mark returns a position of the hot lane: everything acknowledged before the
+// call lies before it, on stable storage. It appends a record of its own to find
 // out, so it takes as long as an append; when that fails the mark is zero and
 // Checkpoint refuses it. Without appends since the last checkpoint it is the
 // mark of that.
@@ -121,7 +146,9 @@ func (m *Medium) mark() (Mark, error) {
 	}
 	var e stream.Entry
 	e.Add(segment.Record{Kind: kindMark, Key: uint64(m.epoch)}, nil, nil)
-	if err := m.appendEntry(ctx, catalog.Hot, &e); err != nil {
+	if err := m.appendEntry(ctx, catalog.Hot, &e); errors.Is(err, atoll.ErrNoSpace) {
+		return m.tailMark(mark, count), nil
+	} else if err != nil {
 		return Mark{}, err
 	}
 	mark.count = count
@@ -129,6 +156,17 @@ func (m *Medium) mark() (Mark, error) {
 	mark.Ordinal, mark.Block, mark.Seq = e.Seg().Ordinal, e.Block(0), e.Seq()
 	mark.Bulk = max(mark.Bulk, lowest(m.own.head(), catalog.Bulk))
 	return mark, nil
+}
+
+// tailMark is the mark when there is no room for a record of its own, since what
+// frees space begins with a mark: behind everything that was acknowledged. What
+// was submitted and has no outcome lies after it.
+func (m *Medium) tailMark(mark Mark, count int64) Mark {
+	if t, ok := m.lanes[catalog.Hot].w.Load().Tail(); ok {
+		mark.Ordinal, mark.Block, mark.Seq, mark.count = t.Ordinal, t.Block, t.Seq, count
+	}
+	mark.Bulk = max(mark.Bulk, lowest(m.own.head(), catalog.Bulk))
+	return mark
 }
 
 // restingMark reports whether the hot lane has a writer. If it has none, all of
@@ -186,7 +224,8 @@ func (r registry) Register(ctx context.Context, l catalog.Lane, copyset atoll.Co
 		return atoll.SegmentID{}, r.m.note(err)
 	}
 	lane.given = seg.Ordinal
-	r.m.settle(seg, entry{State: stateOpen, Lane: l, Copyset: copyset})
+	r.m.taken.Add(size.Bytes())
+	r.m.settle(seg, entry{State: stateOpen, Lane: l, Copyset: copyset, Size: size})
 	return seg, nil
 }
 
@@ -196,6 +235,7 @@ func (r registry) Seal(ctx context.Context, s catalog.Sealed) error {
 	if err != nil && !r.m.settled(s.Seg, stateLive, s.Length) {
 		return r.m.note(err)
 	}
+	r.m.shrunk(s)
 	if s.Length == 0 {
 		r.m.settle(s.Seg, entry{State: stateDropped, Lane: s.Lane, Copyset: s.Seg.Copyset})
 	} else {
@@ -206,6 +246,19 @@ func (r registry) Seal(ctx context.Context, s catalog.Sealed) error {
 	}
 	r.m.kick(r.m.keeps)
 	return nil
+}
+
+// shrunk notes what a segment gives back that was sealed short.
+func (m *Medium) shrunk(s catalog.Sealed) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	slot := m.table.at(s.Seg.Ordinal)
+	if slot == nil || s.Length == 0 {
+		return
+	}
+	if st, _, _ := slot.get(); st == stateOpen && slot.size > s.Length {
+		m.taken.Add(-(slot.size - room(s.Length, slot.size)).Bytes())
+	}
 }
 
 // Abandon records that a segment was never used.

@@ -2,6 +2,7 @@ package medium
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"time"
@@ -13,10 +14,33 @@ import (
 	"github.com/atollstore/atoll/internal/stream"
 )
 
-// checkpoint is what the kind adds to a manifest; nil keeps the last one.
+// checkpoint is what is added to a manifest beside what the head collected; nil
+// adds nothing.
 type checkpoint struct {
-	mark Mark
-	root []byte
+	mark  Mark // zero: the checkpoint that stands stays
+	root  []byte
+	count bool // store the live counts as they are; a mark does that too
+	roots []NewVersion
+	edit  func(*State) error
+	moved *compaction
+}
+
+// rooted reports whether ck has a new root of the kind.
+func (ck *checkpoint) rooted() bool { return ck != nil && ck.mark.Seq != 0 }
+
+// counts reports whether ck stores the live counts.
+func (ck *checkpoint) counts() bool { return ck != nil && (ck.count || ck.rooted()) }
+
+// made returns how many versions of users ck adds.
+func (ck *checkpoint) made() (n int) {
+	if ck != nil {
+		for i := range ck.roots {
+			if ck.roots[i].Flags&FlagInternal == 0 {
+				n++
+			}
+		}
+	}
+	return n
 }
 
 // draft is a manifest on its way.
@@ -26,15 +50,28 @@ type draft struct {
 	dropped []atoll.Ordinal
 	chunks  []draftChunk
 	ck      *checkpoint
+	leave   map[atoll.Ordinal]bool   // own records must leave these segments
+	left    int                      // how many more records may be moved for that
+	roots   map[uint64][]byte        // roots of versions to write; nil to copy
+	relist  bool                     // pages of versions may have changed
+	copy    bool                     // the kind's root must leave its segment
+	remaps  map[atoll.Ordinal]*remap // to be written
+	placed  map[atoll.Ordinal]Ref    // where they were
 }
 
 type draftChunk struct {
-	index  int
-	counts []int32 // live counts that become the saved ones
-	record []byte  // nil when the chunk need not be written
-	gone   bool    // every segment of it is gone
-	ref    Ref
+	index   int
+	first   atoll.Ordinal
+	counts  []int32 // live counts that become the saved ones
+	entries []entry
+	write   bool
+	gone    bool // every segment of it is gone
+	ref     Ref
 }
+
+// maxLeave bounds how many own records a manifest writes anew only to free the
+// segments that they keep; those of a victim of compaction come on top.
+const maxLeave = 64
 
 // Checkpoint stores the kind's root, at most MaxRoot bytes, and moves the start
 // of replay to mark. The root must hold the effect of every record before mark
@@ -52,7 +89,7 @@ func (m *Medium) Checkpoint(ctx context.Context, mark Mark, root []byte) error {
 	if len(root) > MaxRoot {
 		return fmt.Errorf("checkpoint medium %v: root of %d bytes: %w", m.id, len(root), atoll.ErrTooLarge)
 	}
-	return m.writeManifest(ctx, &checkpoint{mark, slices.Clone(root)})
+	return m.writeManifest(ctx, &checkpoint{mark: mark, root: slices.Clone(root)})
 }
 
 // writeManifest writes what changed since the last manifest, and the root that
@@ -62,16 +99,26 @@ func (m *Medium) writeManifest(ctx context.Context, ck *checkpoint) error {
 		return fmt.Errorf("write manifest of medium %v: %w", m.id, err)
 	}
 	defer func() { <-m.manifests }()
-	start := time.Now()
+	start, before := time.Now(), m.written.Load()
 	d, err := m.draft(ck)
 	if err == nil {
-		err = m.store(ctx, d)
+		lane := m.ownLane(d.blocks())
+		err = m.store(ctx, lane, d)
+		if errors.Is(err, atoll.ErrNoSpace) && lane == catalog.Hot { // the bulk lane has a reserve
+			m.redirty()
+			if d, err = m.draft(ck); err == nil {
+				err = m.store(ctx, catalog.Bulk, d)
+			}
+		}
 	}
+	m.cost.Store(m.written.Load() - before)
 	if err != nil {
 		m.redirty()
 		return fmt.Errorf("write manifest of medium %v: %w", m.id, m.note(err))
 	}
 	m.metrics.manifest(time.Since(start))
+	m.metrics.made(ck.made())
+	m.observe()
 	m.kick(m.sweeps)
 	return nil
 }
@@ -80,9 +127,12 @@ func (m *Medium) writeManifest(ctx context.Context, ck *checkpoint) error {
 func (m *Medium) draft(ck *checkpoint) (*draft, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	d := &draft{man: *m.mu.man, head: m.own.head(), ck: ck}
+	d := &draft{
+		man: *m.mu.man, head: m.own.head(), ck: ck, left: maxLeave, leave: map[atoll.Ordinal]bool{},
+		roots: map[uint64][]byte{}, remaps: map[atoll.Ordinal]*remap{}, placed: map[atoll.Ordinal]Ref{},
+	}
 	m.mergeHead(d.head)
-	if ck != nil {
+	if ck.rooted() {
 		old := d.man.Mark
 		if ck.mark.Ordinal < old.Ordinal || ck.mark.Seq < old.Seq || ck.mark.Ordinal == old.Ordinal && ck.mark.Block < old.Block {
 			return nil, fmt.Errorf("mark %+v lies before %+v: %w", ck.mark, old, atoll.ErrInvalid)
@@ -92,6 +142,14 @@ func (m *Medium) draft(ck *checkpoint) (*draft, error) {
 	}
 	d.man.Medium, d.man.Epoch, d.man.Next = m.id, d.head.Epoch, d.head.Next
 	d.man.Serial++
+	d.man.LastNumber = max(d.man.LastNumber, m.mu.lastNumber)
+	if ck != nil && ck.moved != nil {
+		d.leave[ck.moved.from] = true
+	}
+	if err := m.draftVersions(d); err != nil {
+		return nil, err
+	}
+	d.copy = m.movable(d, d.man.RootRef)
 	for i, c := range *m.table.chunks.Load() {
 		if c != nil {
 			m.draftChunk(d, i, c)
@@ -100,86 +158,171 @@ func (m *Medium) draft(ck *checkpoint) (*draft, error) {
 	return d, nil
 }
 
+// draftVersions changes the list of versions and decides which of its records
+// must leave their segments.
+func (m *Medium) draftVersions(d *draft) error {
+	if d.ck != nil && d.ck.edit != nil {
+		s := d.man.state()
+		s = s.clone()
+		s.Ancestors = m.Info().Ancestors
+		if err := d.ck.edit(&s); err != nil {
+			return err
+		}
+		if err := s.check(); err != nil {
+			return err
+		}
+		d.man.Versions, d.man.CurParent, d.man.Release = s.Versions, s.CurParent, s.Release
+		d.man.LastNumber = max(d.man.LastNumber, s.LastNumber)
+		d.relist = true
+	} else {
+		d.man.Versions = slices.Clone(d.man.Versions)
+	}
+	if d.ck != nil {
+		for _, v := range d.ck.roots {
+			d.roots[v.Number] = v.RootBytes
+		}
+	}
+	for i := range d.man.Versions {
+		if v := &d.man.Versions[i]; m.movable(d, v.Root) {
+			d.roots[v.Number] = nil
+		}
+	}
+	d.relist = d.relist || len(d.man.Pages) == 0 && len(d.man.Versions) > 0
+	for _, g := range d.man.Pages {
+		if m.movable(d, g.Ref) {
+			d.relist = true
+		}
+	}
+	return nil
+}
+
+// version returns a version of the draft, nil if there is none.
+func (d *draft) version(number uint64) *Version {
+	s := d.man.state()
+	return s.Find(number)
+}
+
 // draftChunk decides which segments of a chunk are dropped and whether it is to
 // be written.
 func (m *Medium) draftChunk(d *draft, i int, c *chunk) {
-	dc := draftChunk{index: i, ref: c.ref}
-	write := c.dirty
-	if d.ck != nil && c.recount.Swap(false) {
+	dc := draftChunk{index: i, first: c.firstOrd, ref: c.ref, write: c.dirty}
+	base := m.base()
+	if d.ck.counts() && c.recount.Swap(false) {
 		dc.counts = c.freeze()
-		write = write || !slices.Equal(dc.counts, c.counts())
+		dc.write = dc.write || !slices.Equal(dc.counts, c.counts())
 	} else {
 		dc.counts = c.counts()
 	}
-	entries := make([]entry, c.used)
-	for j := range entries {
-		entries[j] = m.table.entryAt(c, j, dc.counts[j])
-		o := c.firstOrd + atoll.Ordinal(j)
-		if m.unused(&d.man.Mark, o, &c.slots[j], dc.counts[j]) {
-			entries[j].State, write = stateDropped, true
+	dc.entries = make([]entry, c.used)
+	for j := range dc.entries {
+		e, o := &dc.entries[j], c.firstOrd+atoll.Ordinal(j)
+		*e = m.table.entryAt(c, j, dc.counts[j])
+		switch {
+		case m.unused(d, o, &c.slots[j], dc.counts[j]):
+			e.State, dc.write = stateDropped, true
+			if e.Removed {
+				e.State = stateGone
+			}
+			e.Remap, e.Removed = Ref{}, false
 			d.dropped = append(d.dropped, o)
+		case m.draftRemap(d, o, e, &c.slots[j]):
+			dc.write = true
 		}
 	}
-	if !write && m.movable(d, c.ref) {
-		write = true
+	if !dc.write && m.movable(d, c.ref) {
+		dc.write = true
 	}
 	switch {
-	case c.used == chunkEntries && c.allGone():
-		dc.gone, dc.ref = true, Ref{}
-	case write && c.used > 0:
-		dc.record = encodeChunk(m.id, c.firstOrd, entries)
+	case c.used == chunkEntries && c.allGone(base):
+		dc.gone, dc.ref, dc.write = true, Ref{}, false
+	case c.used == 0:
+		dc.write = false
 	}
 	c.dirty = false
 	d.chunks = append(d.chunks, dc)
 }
 
-// unused reports whether a segment can be dropped (M5).
-func (m *Medium) unused(mark *Mark, o atoll.Ordinal, s *slot, count int32) bool {
-	st, lane, _ := s.get()
-	limit := mark.Ordinal
-	if lane == catalog.Bulk {
-		limit = mark.Bulk
+// draftRemap notes the remap of a segment that is to be written, because it is
+// new or must leave the segment it is in.
+func (m *Medium) draftRemap(d *draft, o atoll.Ordinal, e *entry, s *slot) bool {
+	if d.ck != nil && d.ck.moved != nil {
+		if r := d.ck.moved.remaps[o]; r != nil && (e.State == stateLive || e.State == stateVirtual) {
+			e.State, e.Remap = stateVirtual, Ref{}
+			d.remaps[o] = r
+			return true
+		}
 	}
-	return (st == stateLive || st == stateVirtual) && o < limit && count == 0 &&
-		s.live.Load() == 0 && s.hold.Load() == 0 && s.own == 0
+	if m.movable(d, e.Remap) {
+		d.remaps[o] = s.remap.Load()
+		return true
+	}
+	return false
 }
 
-// movable reports whether a segment is kept only by the manifest's own record
-// at r, so that writing that record anew lets the segment go.
+// unused reports whether a segment can be dropped (M5).
+func (m *Medium) unused(d *draft, o atoll.Ordinal, s *slot, count int32) bool {
+	st, lane, _ := s.get()
+	return (st == stateLive || st == stateVirtual) && m.before(&d.man.Mark, lane, o) && count == 0 &&
+		s.live.Load() == 0 && s.hold.Load() == 0 && s.own == 0 && len(m.table.moved[o]) == 0
+}
+
+// before reports whether a segment of a lane was sealed before a mark, and no
+// compaction that is running writes there.
+func (m *Medium) before(mark *Mark, lane catalog.Lane, o atoll.Ordinal) bool {
+	if lane == catalog.Bulk {
+		return o < mark.Bulk && (m.mu.moving == 0 || o < m.mu.moving)
+	}
+	return o < mark.Ordinal
+}
+
+// movable reports whether a segment is kept only by the manifest's own records,
+// one of them at r, so that writing them anew lets the segment go.
 func (m *Medium) movable(d *draft, r Ref) bool {
+	if r.IsZero() {
+		return false
+	}
+	if is, known := d.leave[r.Ordinal]; known {
+		if d.ck == nil || d.ck.moved == nil || r.Ordinal != d.ck.moved.from {
+			d.left--
+		}
+		return is
+	}
 	s := m.table.at(r.Ordinal)
-	if s == nil || r.IsZero() {
+	if s == nil || d.left <= 0 {
 		return false
 	}
 	st, lane, _ := s.get()
-	limit := d.man.Mark.Ordinal
-	if lane == catalog.Bulk {
-		limit = d.man.Mark.Bulk
+	is := st == stateLive && m.before(&d.man.Mark, lane, r.Ordinal) && s.live.Load() == 0 && s.saved == 0 &&
+		s.hold.Load() == 0 && len(m.table.moved[r.Ordinal]) == 0
+	d.leave[r.Ordinal] = is
+	if is {
+		d.left--
 	}
-	return st == stateLive && r.Ordinal < limit && s.live.Load() == 0 && s.saved == 0
+	return is
 }
 
-// store writes the records of a draft, moves the head and adopts the draft.
-func (m *Medium) store(ctx context.Context, d *draft) error {
-	var err error
-	total := len(d.man.Root) / atoll.BlockSize
-	for i := range d.chunks {
-		total += len(d.chunks[i].record) / atoll.BlockSize
-	}
-	lane := m.ownLane(total)
-	for i := range d.chunks {
-		if dc := &d.chunks[i]; dc.record != nil {
-			if dc.ref, err = m.appendOwn(ctx, lane, kindChunk, uint64(dc.index), dc.record); err != nil {
-				return err
-			}
-		}
-	}
-	if len(d.man.Root) > inlineRoot {
-		padded := append(slices.Clone(d.man.Root), make([]byte, -len(d.man.Root)&(atoll.BlockSize-1))...)
-		if d.man.RootRef, err = m.appendOwn(ctx, lane, kindRoot, d.man.Serial, padded); err != nil {
+// leaves reports whether a record of the manifest must leave its segment.
+func (d *draft) leaves(r Ref) bool { return d.leave[r.Ordinal] }
+
+// store writes the records of a draft to a lane, moves the head and adopts the draft.
+func (m *Medium) store(ctx context.Context, lane catalog.Lane, d *draft) error {
+	for o, r := range d.remaps {
+		ref, err := m.appendOwn(ctx, lane, kindRemap, uint64(o), r.encode())
+		if err != nil {
 			return err
 		}
-		d.man.Root = nil
+		d.placed[o] = ref
+	}
+	for i := range d.chunks {
+		if err := m.storeChunk(ctx, lane, d, &d.chunks[i]); err != nil {
+			return err
+		}
+	}
+	if err := m.storeVersions(ctx, lane, d); err != nil {
+		return err
+	}
+	if err := m.storeRoot(ctx, lane, d); err != nil {
+		return err
 	}
 	d.refs()
 	record := d.man.encode()
@@ -190,14 +333,63 @@ func (m *Medium) store(ctx context.Context, d *draft) error {
 	if err != nil {
 		return err
 	}
+	m.metrics.wrote("root", len(record))
 	err = m.own.change(ctx, func(h catalog.Head) (catalog.Head, error) {
 		return headMoved(h, *ref.blockRef(m.id), d.head.Sealed, d.head.Dropped), nil
 	})
 	if err != nil {
 		return err
 	}
-	m.adopt(d, ref)
+	m.adopt(d, ref, time.Now().Add(m.grace()))
 	return nil
+}
+
+// blocks estimates how much a draft writes.
+func (d *draft) blocks() int {
+	total := len(d.man.Root)/atoll.BlockSize + len(d.remaps) + 2*len(d.roots)
+	for i := range d.chunks {
+		if d.chunks[i].write {
+			total += len(d.chunks[i].entries)*entrySize/atoll.BlockSize + 1
+		}
+	}
+	return total
+}
+
+// storeChunk writes a chunk of the table, with the new places of remaps.
+func (m *Medium) storeChunk(ctx context.Context, lane catalog.Lane, d *draft, dc *draftChunk) error {
+	if !dc.write {
+		return nil
+	}
+	for j := range dc.entries {
+		if ref, ok := d.placed[dc.first+atoll.Ordinal(j)]; ok {
+			dc.entries[j].Remap = ref
+		}
+	}
+	p := encodeChunk(m.id, dc.first, dc.entries)
+	m.metrics.wrote("chunk", len(p))
+	var err error
+	dc.ref, err = m.appendOwn(ctx, lane, kindChunk, uint64(dc.index), p)
+	return err
+}
+
+// storeRoot writes the kind's root if it is not inline.
+func (m *Medium) storeRoot(ctx context.Context, lane catalog.Lane, d *draft) (err error) {
+	root := d.man.Root
+	switch {
+	case d.man.RootRef.IsZero() && len(root) <= inlineRoot:
+		return nil
+	case d.man.RootRef.IsZero():
+		root = padded(root)
+	case d.copy:
+		if root, err = m.readOwn(ctx, d.man.RootRef); err != nil {
+			return fmt.Errorf("copy root: %w", err)
+		}
+	default:
+		return nil
+	}
+	d.man.Root = nil
+	d.man.RootRef, err = m.appendOwn(ctx, lane, kindRoot, d.man.Serial, root)
+	return err
 }
 
 // refs lists the chunks in the root, without the leading ones that are gone.
@@ -218,8 +410,9 @@ func (d *draft) refs() {
 	d.man.Chunks = byIndex
 }
 
-// adopt makes the draft, now durable, the manifest in force.
-func (m *Medium) adopt(d *draft, ref Ref) {
+// adopt makes the draft, now durable, the manifest in force. Nodes remove at due
+// what it dropped.
+func (m *Medium) adopt(d *draft, ref Ref, due time.Time) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	old, t := m.mu.man, m.table
@@ -227,6 +420,9 @@ func (m *Medium) adopt(d *draft, ref Ref) {
 	t.own(ref, +1)
 	t.own(old.RootRef, -1)
 	t.own(d.man.RootRef, +1)
+	t.ownVersions(old, -1)
+	t.ownVersions(&d.man, +1)
+	m.adoptRemaps(d, due)
 	for _, dc := range d.chunks {
 		c := (*t.chunks.Load())[dc.index]
 		t.own(c.ref, -1)
@@ -239,18 +435,42 @@ func (m *Medium) adopt(d *draft, ref Ref) {
 			t.install(dc.index, nil)
 		}
 	}
-	now := time.Now()
 	for _, o := range d.dropped {
-		t.at(o).setState(stateDropped)
-		m.mu.doomed = append(m.mu.doomed, doomed{o, now})
+		m.adoptDrop(o, due)
 	}
 	for _, seg := range d.head.Dropped {
-		m.mu.doomed = append(m.mu.doomed, doomed{seg.Ordinal, now})
+		m.mu.doomed = append(m.mu.doomed, doomed{seg.Ordinal, due})
 	}
 	m.mu.man, m.mu.ref = &d.man, ref
 	if len(d.dropped) > 0 {
 		m.log.Info("segments dropped", "medium", m.id, "count", len(d.dropped), "first", d.dropped[0])
 	}
+}
+
+// adoptRemaps puts new remaps, and new places of old ones, into the table. A
+// segment's remap is there before its state says that only that counts.
+func (m *Medium) adoptRemaps(d *draft, due time.Time) {
+	for o, r := range d.remaps {
+		s := m.table.at(o)
+		m.table.setRemap(o, d.placed[o], r)
+		if st, _, _ := s.get(); st == stateLive {
+			s.setState(stateVirtual)
+			m.mu.doomed = append(m.mu.doomed, doomed{o, due})
+		}
+	}
+}
+
+// adoptDrop marks a segment as dropped.
+func (m *Medium) adoptDrop(o atoll.Ordinal, due time.Time) {
+	s := m.table.at(o)
+	removed := m.table.rare[o] != nil && m.table.rare[o].removed
+	if removed {
+		s.setState(stateGone)
+	} else {
+		s.setState(stateDropped)
+		m.mu.doomed = append(m.mu.doomed, doomed{o, due})
+	}
+	m.table.setRemap(o, Ref{}, nil)
 }
 
 // redirty undoes what draft took note of, after a failure.
@@ -288,140 +508,18 @@ func (m *Medium) appendOwn(ctx context.Context, lane catalog.Lane, kind segment.
 		return Ref{}, err
 	}
 	seg := e.Seg()
+	m.written.Add(int64(blocks) + 1)
 	return Ref{seg.Ordinal, seg.Copyset, e.Block(0), atoll.BlockNo(blocks), segment.CRC(p)}, nil
 }
 
 // readOwn reads a record of this package and checks it against its reference.
 func (m *Medium) readOwn(ctx context.Context, r Ref) ([]byte, error) {
-	if r.Blocks == 0 || r.Blocks > atoll.MaxBatchBlocks {
-		return nil, fmt.Errorf("read %d blocks at %d:%d: %w", r.Blocks, r.Ordinal, r.Block, atoll.ErrCorrupt)
-	}
-	p := make([]byte, r.Blocks.Bytes())
-	if err := m.opts.Nodes.Read(ctx, r.segment(m.id), r.Block, p); err != nil {
-		return nil, err
-	}
-	if c := segment.CRC(p); c != r.CRC {
-		return nil, fmt.Errorf("read %d:%d: checksum %08x, want %08x: %w", r.Ordinal, r.Block, c, r.CRC, atoll.ErrCorrupt)
-	}
-	return p, nil
+	return readRecord(ctx, m.opts.Nodes, m.id, r)
 }
 
-// loadManifest fills the table from the manifest and the head.
-func (m *Medium) loadManifest(ctx context.Context) error {
-	h := m.own.head()
-	man := &manifest{Medium: m.id, Mark: Mark{Ordinal: 1, Seq: 1, Bulk: 1}}
-	if h.Manifest != nil {
-		m.mu.ref = fromBlockRef(h.Manifest)
-		p, err := m.readOwn(ctx, m.mu.ref)
-		if err != nil {
-			return fmt.Errorf("load manifest: %w", err)
-		}
-		if man, err = parseManifest(p); err != nil {
-			return fmt.Errorf("load manifest: %w", err)
-		}
-		if man.Medium != m.id {
-			return fmt.Errorf("load manifest: it is of medium %v: %w", man.Medium, atoll.ErrCorrupt)
-		}
-	}
-	m.mu.man = man
-	for i := range man.First {
-		m.table.install(i, nil)
-	}
-	for i, r := range man.Chunks {
-		if err := m.loadChunk(ctx, man.First+i, r); err != nil {
-			return err
-		}
-	}
-	m.mergeHead(h)
-	m.countOwn()
-	return m.loadRoot(ctx)
-}
-
-func (m *Medium) loadChunk(ctx context.Context, i int, r Ref) error {
-	if r.IsZero() {
-		m.table.install(i, nil)
-		return nil
-	}
-	p, err := m.readOwn(ctx, r)
-	if err != nil {
-		return fmt.Errorf("load chunk %d of the segment table: %w", i, err)
-	}
-	id, first, entries, err := parseChunk(p)
-	if err != nil {
-		return fmt.Errorf("load chunk %d: %w", i, err)
-	}
-	if id != m.id || first != atoll.Ordinal(i*chunkEntries+1) {
-		return fmt.Errorf("load chunk %d: it is of medium %v from %d on: %w", i, id, first, atoll.ErrCorrupt)
-	}
-	m.table.load(i, r, entries)
-	for j, e := range entries {
-		if e.State == stateDropped {
-			m.mu.doomed = append(m.mu.doomed, doomed{first + atoll.Ordinal(j), time.Now()})
-		}
-		if !e.Remap.IsZero() {
-			if err := m.loadRemap(ctx, first+atoll.Ordinal(j), e.Remap); err != nil {
-				return err
-			}
-		}
-	}
-	return nil
-}
-
-func (m *Medium) loadRemap(ctx context.Context, o atoll.Ordinal, r Ref) error {
-	p, err := m.readOwn(ctx, r)
-	if err != nil {
-		return fmt.Errorf("load remap of segment %d: %w", o, err)
-	}
-	rm, err := parseRemap(p)
-	if err != nil {
-		return err
-	}
-	if rm.Medium != m.id || rm.Ordinal != o {
-		return fmt.Errorf("load remap of segment %d: it is of %v-%d: %w", o, rm.Medium, rm.Ordinal, atoll.ErrCorrupt)
-	}
-	m.table.at(o).remap.Store(rm)
-	return nil
-}
-
-// mergeHead adds to the table what the head says.
-func (m *Medium) mergeHead(h catalog.Head) {
-	for _, s := range h.Sealed {
-		m.settleLocked(s.Seg, entry{State: stateLive, Lane: s.Lane, Copyset: s.Seg.Copyset, Length: s.Length, Unverified: s.Unverified})
-	}
-	for _, d := range h.Dropped {
-		m.settleLocked(d, entry{State: stateDropped, Copyset: d.Copyset})
-	}
-	for _, u := range h.Unsealed {
-		m.settleLocked(u.Seg, entry{State: stateOpen, Lane: u.Lane, Copyset: u.Seg.Copyset})
-	}
-}
-
-// countOwn counts the records of the manifest that was loaded.
-func (m *Medium) countOwn() {
-	m.table.own(m.mu.ref, +1)
-	m.table.own(m.mu.man.RootRef, +1)
-	for _, c := range m.mu.man.Chunks {
-		m.table.own(c, +1)
-	}
-	for _, r := range m.table.rare {
-		m.table.own(r.remap, +1)
-	}
-}
-
-// loadRoot reads the kind's root if it is not inline.
-func (m *Medium) loadRoot(ctx context.Context) error {
-	man := m.mu.man
-	m.root = man.Root
-	if man.RootRef.IsZero() {
-		return nil
-	}
-	p, err := m.readOwn(ctx, man.RootRef)
-	if err != nil {
-		return fmt.Errorf("load root: %w", err)
-	}
-	if man.RootLen > len(p) {
-		return fmt.Errorf("load root: %d bytes of %d: %w", len(p), man.RootLen, atoll.ErrCorrupt)
-	}
-	m.root = p[:man.RootLen]
-	return nil
+// manifest returns the manifest in force. It is never changed.
+func (m *Medium) manifest() *manifest {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.mu.man
 }

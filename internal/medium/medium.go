@@ -29,8 +29,8 @@ type Options struct {
 	Wait time.Duration
 	// Idle is how long a lane stays open without appends; 0 means 30 s.
 	Idle time.Duration
-	// Grace is how long dropped segments are kept for readers that still know
-	// them; 0 means twice atoll.RequestTimeout.
+	// Grace is how long dropped and compacted segments are kept on nodes, so that
+	// readers who know them need not look again; 0 means 1 s.
 	Grace time.Duration
 	// Sweep is the time between searches for leftovers and tries to complete
 	// unverified copies; 0 means 3 minutes.
@@ -45,7 +45,7 @@ func (o Options) withDefaults() Options {
 	}
 	set(&o.Wait, atoll.LeaseTTL+3*time.Second/2)
 	set(&o.Idle, 30*time.Second)
-	set(&o.Grace, 2*atoll.RequestTimeout)
+	set(&o.Grace, time.Second)
 	set(&o.Sweep, 3*time.Minute)
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
@@ -65,11 +65,22 @@ type Medium struct {
 	own     *owner
 	table   *table
 	lanes   [2]lane
-	root    []byte // kind's root as loaded; never changed
+	root    []byte               // kind's root as loaded; never changed
+	line    atomic.Pointer[line] // ancestors; nil if it has none
 
-	appended  atomic.Int64  // blocks in the hot lane from the mark at Open on
-	manifests chan struct{} // room for one: whoever writes a manifest
-	updates   chan struct{} // room for one: whoever changes the record
+	appended    atomic.Int64 // blocks in the hot lane from the mark at Open on
+	reserve     atomic.Int32 // calls for which the hot lane may use the nodes' reserve
+	written     atomic.Int64 // blocks of own records since Open
+	cost        atomic.Int64 // blocks of the last manifest
+	copied      atomic.Int64 // bytes that compaction copied since Open
+	born        time.Time
+	weighed     atomic.Int64 // nanoseconds after born when the next two were counted; 0 never
+	reclaimable atomic.Int64
+	waiting     atomic.Int64
+	taken       atomic.Int64  // bytes by which the room of its segments grew since Open, one copy
+	moves       chan struct{} // room for one: whoever compacts
+	manifests   chan struct{} // room for one: whoever writes a manifest
+	updates     chan struct{} // room for one: whoever changes the record
 
 	dead   atomic.Bool // the epoch or lease is lost, or the medium is closed
 	lost   chan struct{}
@@ -85,14 +96,19 @@ type Medium struct {
 		man        *manifest
 		ref        Ref // where man is; zero before the first
 		doomed     []doomed
+		lastNumber uint64        // highest version number given out
+		moving     atoll.Ordinal // compaction writes to bulk segments from here on; 0 none
 		isLost     bool
+		shown      shown // in the gauges
+		reports    int64 // tells the reports of nodes that Pressure saw last
+		reported   int64 // taken, when they were new
 	}
 }
 
-// doomed is a segment that a durable manifest says was dropped.
+// doomed is a segment that a durable manifest says was dropped or compacted.
 type doomed struct {
 	ordinal atoll.Ordinal
-	since   time.Time
+	due     time.Time // when nodes are to remove it
 }
 
 // Info returns the medium's record as this process knows it.
@@ -201,60 +217,109 @@ func (m *Medium) submit(ctx context.Context, l catalog.Lane, e *stream.Entry) er
 	return nil
 }
 
-// Read fills dst, whole blocks, from a block of a segment of this medium. It
-// follows remaps. ErrNotExist when there is no such segment; ErrFenced when
-// ownership was lost before the read was complete.
+// Read fills dst, whole blocks, from a block of a segment of this medium, or of
+// an ancestor's. It follows remaps. ErrNotExist when there is no such segment,
+// also when it was dropped since the caller looked where its data are: it then
+// looks again. ErrFenced when ownership was lost before the read was complete.
 func (m *Medium) Read(ctx context.Context, o atoll.Ordinal, block atoll.BlockNo, dst []byte) error {
 	if err := m.check(); err != nil {
 		return err
 	}
-	if err := m.read(ctx, o, block, dst, 0); err != nil {
-		return err
+	if l := m.line.Load(); l != nil && o < l.base {
+		if err := l.read(ctx, o, block, dst); err != nil {
+			return err
+		}
+		return m.check()
 	}
-	return m.check()
+	for {
+		s := m.table.at(o)
+		if s == nil {
+			return fmt.Errorf("read segment %d of medium %v: %w", o, m.id, atoll.ErrNotExist)
+		}
+		info, r := s.info.Load(), s.remap.Load()
+		err := m.read(ctx, o, info, r, block, dst)
+		if err == nil {
+			return m.check()
+		}
+		if lost := m.check(); lost != nil {
+			return lost // another owner may have removed it
+		}
+		if !moved(err) || info == s.info.Load() && r == s.remap.Load() {
+			return err
+		}
+		// Compaction moved it meanwhile.
+	}
 }
 
-// maxRemaps bounds how often a block can have moved.
-const maxRemaps = 8
-
-func (m *Medium) read(ctx context.Context, o atoll.Ordinal, block atoll.BlockNo, dst []byte, depth int) error {
-	s := m.table.at(o)
-	if s == nil {
-		return fmt.Errorf("read segment %d of medium %v: %w", o, m.id, atoll.ErrNotExist)
-	}
-	st, _, copyset := s.get()
+// read reads from a segment as the table has it at the moment.
+func (m *Medium) read(ctx context.Context, o atoll.Ordinal, info uint64, r *remap, block atoll.BlockNo, dst []byte) error {
+	st, copyset := state(info), atoll.CopysetID(info>>32)
 	if st == stateNone || st == stateGone {
 		return fmt.Errorf("read segment %d of medium %v: %w", o, m.id, atoll.ErrNotExist)
 	}
-	if r := s.remap.Load(); r != nil {
-		return m.readMoved(ctx, r, st, block, dst, depth)
+	if r == nil {
+		return m.opts.Nodes.Read(ctx, atoll.SegmentID{Medium: m.id, Ordinal: o, Copyset: copyset}, block, dst)
 	}
-	return m.opts.Nodes.Read(ctx, atoll.SegmentID{Medium: m.id, Ordinal: o, Copyset: copyset}, block, dst)
-}
-
-// readMoved reads from a segment of which some blocks have moved.
-func (m *Medium) readMoved(ctx context.Context, r *remap, st state, block atoll.BlockNo, dst []byte, depth int) error {
-	if depth == maxRemaps {
-		return fmt.Errorf("read segment %d of medium %v: moved too often: %w", r.Ordinal, m.id, atoll.ErrCorrupt)
-	}
-	_, _, copyset := m.table.at(r.Ordinal).get()
 	for len(dst) > 0 {
-		o, at, run, moved := r.find(block)
+		to, at, run, ok := r.find(block)
 		n := min(len(dst), int(run)*atoll.BlockSize)
-		var err error
-		switch {
-		case moved:
-			err = m.read(ctx, o, at, dst[:n], depth+1)
-		case st == stateVirtual:
-			err = fmt.Errorf("read block %d of compacted segment %d: %w", block, r.Ordinal, atoll.ErrNotExist)
-		default:
-			err = m.opts.Nodes.Read(ctx, atoll.SegmentID{Medium: m.id, Ordinal: r.Ordinal, Copyset: copyset}, block, dst[:n])
+		seg := atoll.SegmentID{Medium: m.id, Ordinal: to}
+		if s := m.table.at(to); ok && s != nil {
+			_, _, seg.Copyset = s.get()
+		} else if ok || st == stateVirtual {
+			return fmt.Errorf("read block %d of compacted segment %d of medium %v: %w", block, o, m.id, atoll.ErrNotExist)
+		} else {
+			seg, at = atoll.SegmentID{Medium: m.id, Ordinal: o, Copyset: copyset}, block
 		}
-		if err != nil {
+		if err := m.opts.Nodes.Read(ctx, seg, at, dst[:n]); err != nil {
 			return err
 		}
 		dst, block = dst[n:], block+atoll.BlockNo(n/atoll.BlockSize)
 	}
+	return nil
+}
+
+// base returns the first ordinal that is the medium's own.
+func (m *Medium) base() atoll.Ordinal {
+	if l := m.line.Load(); l != nil {
+		return l.base
+	}
+	return 1
+}
+
+// Base returns the first ordinal that is the medium's own: those below, in a
+// clone, are its ancestors'. They are not counted by Live.
+func (m *Medium) Base() atoll.Ordinal { return m.base() }
+
+// Ancestor returns whose segment an ordinal is: the medium's own, or an
+// ancestor's. False for one that nobody has.
+func (m *Medium) Ancestor(o atoll.Ordinal) (atoll.MediumID, bool) {
+	if o >= m.base() {
+		return m.id, true
+	}
+	return m.line.Load().owner(o)
+}
+
+// Detach makes a clone a medium of its own: it gives up the ancestors, the pin
+// and what the record says of them. The kind has seen to it that no root refers
+// to their segments: neither that of the last checkpoint, nor that of a version,
+// nor those of versions that clones of this medium began as. Durable on return;
+// it may be repeated.
+func (m *Medium) Detach(ctx context.Context) error {
+	if m.Info().Parent == nil {
+		return nil
+	}
+	m.mu.Lock()
+	own := !m.mu.ref.IsZero()
+	m.mu.Unlock()
+	if !own {
+		return fmt.Errorf("detach medium %v: it has no root of its own yet: %w", m.id, atoll.ErrInvalid)
+	}
+	err := m.Update(ctx, func(rec *catalog.Medium) { rec.Parent, rec.Ancestors = nil, nil })
+	if err != nil {
+		return err
+	}
+	m.line.Store(&line{base: m.base()})
 	return nil
 }
 
@@ -323,43 +388,6 @@ func (m *Medium) Update(ctx context.Context, change func(*catalog.Medium)) error
 	}
 }
 
-// Stats is what a medium says of itself.
-type Stats struct {
-	Epoch      atoll.Epoch
-	Segments   int   // with data: sealed and open
-	Dropped    int   // dropped and not yet removed from all nodes
-	Live       int64 // bytes that the kind references
-	Stored     int64 // bytes in sealed segments, one copy
-	Log        int64 // bytes appended to the hot lane since the mark
-	Unverified int   // copies not known to be whole
-	Listed     int   // segments in the head, waiting for a manifest
-}
-
-// Stats counts. Its cost is proportional to the number of segments.
-func (m *Medium) Stats() Stats {
-	h := m.own.head()
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	s := Stats{Epoch: m.epoch, Log: (m.appended.Load() - m.mu.man.Mark.count) * atoll.BlockSize, Listed: len(h.Sealed) + len(h.Dropped)}
-	m.table.each(func(o atoll.Ordinal, sl *slot) {
-		switch st, _, _ := sl.get(); st {
-		case stateOpen:
-			s.Segments++
-			s.Live += int64(sl.live.Load()) * atoll.BlockSize
-		case stateLive, stateVirtual:
-			s.Segments++
-			s.Live += int64(sl.live.Load()) * atoll.BlockSize
-			s.Stored += sl.length.Bytes()
-			if r := m.table.rare[o]; r != nil {
-				s.Unverified += len(r.unverified)
-			}
-		case stateDropped:
-			s.Dropped++
-		}
-	})
-	return s
-}
-
 // Close makes what was appended durable, seals the open segments and gives the
 // medium up. After an error the lease keeps others out until it ends, and
 // nothing that was acknowledged is lost. The medium is unusable afterwards in
@@ -390,6 +418,7 @@ func (m *Medium) Close(ctx context.Context) error {
 		err = m.own.change(ctx, func(h catalog.Head) (catalog.Head, error) { return headReleased(h), nil })
 	}
 	m.lose(nil)
+	m.observe()
 	if err != nil {
 		return fmt.Errorf("close medium %v: %w", m.id, err)
 	}

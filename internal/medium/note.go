@@ -31,7 +31,7 @@ const (
 
 // encodeNote returns the note of a head in whole blocks.
 func encodeNote(h *catalog.Head) []byte {
-	p := frame(magicNote, noteFixed)
+	p := frame(magicNote, noteVersion, noteFixed)
 	le.PutUint64(p[16:], uint64(h.Medium))
 	le.PutUint64(p[24:], uint64(h.Epoch))
 	putRef(p[32:], fromBlockRef(h.Manifest))
@@ -62,7 +62,7 @@ func encodeNote(h *catalog.Head) []byte {
 
 // parseNote decodes a note into the head it repeats, without its owner.
 func parseNote(p []byte) (*catalog.Head, error) {
-	p, err := unframe("note", p, magicNote, noteFixed)
+	p, err := unframe("note", p, magicNote, noteVersion, noteFixed)
 	if err != nil {
 		return nil, err
 	}

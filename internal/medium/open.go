@@ -18,10 +18,11 @@ func Create(ctx context.Context, opts Options, rec catalog.Medium) (catalog.Medi
 }
 
 // Delete gives a medium up for ever: it waits out a dead owner, marks the
-// record and fences what is unsealed, so that a late writer cannot go on. The
-// controller then removes the segments and the record. ErrBusy while another
-// process owns it. It may be repeated; a crash in between leaves either a live
-// medium or one that is being deleted, for the controller to finish.
+// record and fences what is unsealed, so that a late writer cannot go on. Its
+// name is free. While clones or readers pin versions of it, it stays for them,
+// detached; then the controller removes the segments and the record. ErrBusy
+// while another process owns it. It may be repeated; a crash in between leaves
+// either a live medium or one that the controller goes on to delete.
 func Delete(ctx context.Context, opts Options, id atoll.MediumID) error {
 	opts = opts.withDefaults()
 	rec, err := opts.Catalog.Medium(ctx, id)
@@ -36,20 +37,23 @@ func Delete(ctx context.Context, opts Options, id atoll.MediumID) error {
 		return fmt.Errorf("delete medium %v: %w", id, err)
 	}
 	own := newOwner(opts.Catalog, h, func(error) {})
-	rec.State = catalog.MediumDeleting
-	if _, err = opts.Catalog.UpdateMedium(ctx, rec); err != nil {
+	rec.State = catalog.MediumDetached
+	if rec, err = opts.Catalog.UpdateMedium(ctx, rec); err != nil {
 		_ = own.change(ctx, func(h catalog.Head) (catalog.Head, error) { return headReleased(h), nil })
 		return fmt.Errorf("delete medium %v: %w", id, err)
 	}
 	// From here on it is deleted. Fencing and sealing spare the controller work
-	// and stop a late writer at once; the controller does them again anyway.
+	// and stop a late writer at once; the controller does them again anyway, and
+	// goes on when the last pin is gone.
 	if sealed, err := stream.Recover(ctx, opts.Nodes, h.Unsealed, h.Epoch); err == nil {
 		_ = own.change(ctx, func(h catalog.Head) (catalog.Head, error) { return headRecovered(h, sealed) })
 	}
 	if err := own.change(ctx, func(h catalog.Head) (catalog.Head, error) { return headReleased(h), nil }); err != nil && !errors.Is(err, atoll.ErrFenced) {
 		return fmt.Errorf("delete medium %v: %w", id, err)
 	}
-	opts.Log.InfoContext(ctx, "medium deleted", "medium", id, "name", rec.Name)
+	rec.State = catalog.MediumDeleting
+	_, err = opts.Catalog.UpdateMedium(ctx, rec)
+	opts.Log.InfoContext(ctx, "medium deleted", "medium", id, "name", rec.Name, "pinned", errors.Is(err, atoll.ErrBusy))
 	return nil
 }
 
@@ -97,8 +101,9 @@ func Open(ctx context.Context, opts Options, id atoll.MediumID) (*Medium, error)
 
 func newMedium(opts Options, id atoll.MediumID, h catalog.Head) *Medium {
 	m := &Medium{
+		born: time.Now(),
 		opts: opts, log: opts.Log, metrics: opts.Metrics, id: id, epoch: h.Epoch, table: newTable(),
-		manifests: make(chan struct{}, 1), updates: make(chan struct{}, 1), lost: make(chan struct{}),
+		manifests: make(chan struct{}, 1), moves: make(chan struct{}, 1), updates: make(chan struct{}, 1), lost: make(chan struct{}),
 		keeps: make(chan struct{}, 1), sweeps: make(chan struct{}, 1),
 	}
 	m.own = newOwner(opts.Catalog, h, m.lose)
@@ -116,6 +121,7 @@ func (m *Medium) recover(ctx context.Context) error {
 		return err
 	}
 	m.info.Store(&rec)
+	m.line.Store(newLine(m.opts, rec))
 	if left := m.own.head().Unsealed; len(left) > 0 {
 		sealed, err := stream.Recover(ctx, m.opts.Nodes, left, m.epoch)
 		if err != nil {

@@ -3,6 +3,7 @@ package medium
 import (
 	"context"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/atollstore/atoll/internal/atoll"
@@ -81,8 +82,8 @@ func (m *Medium) writeNote(ctx context.Context) error {
 func (m *Medium) sweep(ctx context.Context) {
 	full := time.NewTimer(min(m.opts.Sweep, 2*time.Second))
 	defer full.Stop()
-	grace := time.NewTimer(m.opts.Grace)
-	defer grace.Stop()
+	doom := time.NewTimer(m.opts.Grace)
+	defer doom.Stop()
 	for {
 		select {
 		case <-ctx.Done():
@@ -90,12 +91,10 @@ func (m *Medium) sweep(ctx context.Context) {
 		case <-m.lost:
 			return
 		case <-m.sweeps:
-			grace.Reset(m.opts.Grace + time.Millisecond)
-			continue
-		case <-grace.C:
-			if m.removeDoomed(ctx) {
-				grace.Reset(max(m.opts.Grace, time.Second))
-			}
+			doom.Reset(m.untilDoom())
+		case <-doom.C:
+			m.removeDoomed(ctx)
+			doom.Reset(m.untilDoom())
 		case <-full.C:
 			m.completeCopies(ctx)
 			m.removeLeftovers(ctx)
@@ -104,27 +103,62 @@ func (m *Medium) sweep(ctx context.Context) {
 	}
 }
 
-// removeDoomed deletes segments whose grace time has passed from their nodes;
-// true if some are left.
-func (m *Medium) removeDoomed(ctx context.Context) bool {
-	m.mu.Lock()
-	list := m.mu.doomed
-	m.mu.doomed = nil
-	m.mu.Unlock()
-	var left []doomed
-	for i, d := range list {
-		if ctx.Err() != nil || !m.Valid() {
-			left = append(left, list[i:]...)
-			break
-		}
-		if time.Since(d.since) < m.opts.Grace || !m.remove(ctx, d.ordinal) {
-			left = append(left, d)
-		}
+// grace returns how long what was dropped or compacted now stays on nodes: less
+// while space is short, since what compaction frees is what it goes on with.
+func (m *Medium) grace() time.Duration {
+	if m.Pressure() >= tight {
+		return m.opts.Grace / 10
 	}
+	return m.opts.Grace
+}
+
+// tight is the pressure from which on room is worth more than readers' time.
+const tight = 0.85
+
+// untilDoom returns the time until the next segment is to be removed.
+func (m *Medium) untilDoom() time.Duration {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.mu.doomed = append(left, m.mu.doomed...)
-	return len(m.mu.doomed) > 0
+	wait := time.Hour
+	for _, d := range m.mu.doomed {
+		wait = min(wait, time.Until(d.due))
+	}
+	return max(wait, 0) + time.Millisecond
+}
+
+const (
+	doomRetry    = 10 * time.Second // after a node did not answer
+	doomsAtATime = 4
+)
+
+// removeDoomed deletes segments whose grace time has passed from their nodes,
+// some at once: a node that does not answer holds each of them up.
+func (m *Medium) removeDoomed(ctx context.Context) {
+	m.mu.Lock()
+	list, now := m.mu.doomed, time.Now()
+	m.mu.doomed = nil
+	m.mu.Unlock()
+	var wg sync.WaitGroup
+	places := make(chan struct{}, doomsAtATime)
+	for i := range list {
+		if now.Before(list[i].due) || ctx.Err() != nil || !m.Valid() {
+			continue
+		}
+		places <- struct{}{}
+		wg.Go(func() {
+			if m.remove(ctx, list[i].ordinal) {
+				list[i].ordinal = 0
+			} else {
+				list[i].due = time.Now().Add(doomRetry)
+			}
+			<-places
+		})
+	}
+	wg.Wait()
+	list = slices.DeleteFunc(list, func(d doomed) bool { return d.ordinal == 0 })
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.mu.doomed = append(list, m.mu.doomed...)
 }
 
 // remove deletes one dropped segment; true when every node has answered.
@@ -137,16 +171,21 @@ func (m *Medium) remove(ctx context.Context, o atoll.Ordinal) bool {
 	if st == stateGone {
 		return true
 	}
-	atoll.Assert(st == stateDropped, "removal of segment %d of medium %v in state %d", o, m.id, st)
+	atoll.Assert(st == stateDropped || st == stateVirtual, "removal of segment %d of medium %v in state %d", o, m.id, st)
 	left, err := m.opts.Nodes.Delete(ctx, atoll.SegmentID{Medium: m.id, Ordinal: o, Copyset: copyset}, m.epoch)
 	if err != nil || len(left) > 0 {
 		return false
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	s.setState(stateGone)
+	m.metrics.removed(s.length.Bytes())
+	m.taken.Add(-s.taken(m.usual()).Bytes())
 	m.table.chunkOf(o).dirty = true
-	m.metrics.removed()
+	if st, _, _ := s.get(); st == stateDropped {
+		s.setState(stateGone)
+	} else if r := m.table.rare[o]; r != nil {
+		r.removed = true // the remap stays
+	}
 	return true
 }
 
@@ -199,7 +238,7 @@ func (m *Medium) setUnverified(o atoll.Ordinal, still []atoll.NodeID) {
 		return
 	}
 	r.unverified, c.dirty = still, true
-	if len(still) == 0 && r.remap.IsZero() && r.generation == 0 {
+	if r.plain() {
 		delete(m.table.rare, o)
 	}
 }
@@ -261,10 +300,11 @@ func (m *Medium) fate(seg atoll.SegmentID, next atoll.Ordinal) fate {
 		return fateUnknown
 	}
 	st, _, copyset := s.get()
+	r := m.table.rare[seg.Ordinal]
 	switch {
 	case st == stateNone, copyset != seg.Copyset:
 		return fateUnknown
-	case st == stateGone:
+	case st == stateGone, st == stateVirtual && r != nil && r.removed:
 		return fateDropped
 	case st == stateDropped:
 		return fateUsed // removeDoomed sees to it when it is time

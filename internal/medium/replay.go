@@ -16,7 +16,18 @@ type Record struct {
 	Seq   uint64        // sequence number
 	Seg   atoll.Ordinal // segment it is in
 	Block atoll.BlockNo // first payload block; the batch's header if it has none
+	Batch atoll.BlockNo // header of the batch it is in
 	CRCs  []uint32      // CRC32C of each payload block; valid during the call only
+}
+
+// MarkAt returns the mark at a record that Replay gave, as AppendMark returned it
+// when the record was written: a replay from there gives that record first. None
+// of the kind's bulk appends may be between Submit and Live or Hold meanwhile.
+func (m *Medium) MarkAt(r Record) Mark {
+	m.mu.Lock()
+	bulk := m.mu.man.Mark.Bulk
+	m.mu.Unlock()
+	return Mark{Ordinal: r.Seg, Block: r.Batch, Seq: r.Seq, Bulk: max(bulk, lowest(m.own.head(), catalog.Bulk))}
 }
 
 // Replay calls fn for every record of the hot lane with a kind of FirstKind or
@@ -126,7 +137,7 @@ func (r *replayer) segment(ctx context.Context, s catalog.Sealed, from atoll.Blo
 func (r *replayer) batch(h segment.Header) error {
 	block, n := h.Offset()+1, 0
 	for i := range h.Records() {
-		rec := Record{Record: h.Record(i), Seq: h.Seq() + uint64(i), Seg: h.Segment().Ordinal, Block: block}
+		rec := Record{Record: h.Record(i), Seq: h.Seq() + uint64(i), Seg: h.Segment().Ordinal, Block: block, Batch: h.Offset()}
 		first := n
 		block, n = block+atoll.BlockNo(rec.Blocks), n+int(rec.Blocks)
 		if rec.Seq <= r.last { // sent again after a failure: the first counts

@@ -14,6 +14,9 @@ import (
 type table struct {
 	chunks atomic.Pointer[[]*chunk] // index by (ordinal-1)/chunkEntries; nil = all gone
 	rare   map[atoll.Ordinal]*rare
+	// moved tells, for a segment that blocks were moved into, which compacted
+	// segments they are of, and how many.
+	moved map[atoll.Ordinal]map[atoll.Ordinal]int32
 }
 
 // chunk is a run of chunkEntries slots.
@@ -32,8 +35,9 @@ type slot struct {
 	live   atomic.Int32  // blocks the kind references, now
 	hold   atomic.Int32  // reasons of the kind to keep it although not referenced
 	length atoll.BlockNo
-	saved  int32 // live count of the last manifest
-	own    int32 // records of the manifest in force that lie here
+	size   atoll.BlockNo // as made; 0 not known
+	saved  int32         // live count of the last manifest
+	own    int32         // records of the manifest in force that lie here
 	remap  atomic.Pointer[remap]
 }
 
@@ -41,7 +45,12 @@ type slot struct {
 type rare struct {
 	remap      Ref
 	unverified []atoll.NodeID
-	generation uint64
+	removed    bool // compacted, and no node holds it any more
+}
+
+// plain reports whether nothing rare is known.
+func (r *rare) plain() bool {
+	return r.remap.IsZero() && len(r.unverified) == 0 && !r.removed
 }
 
 func packInfo(s state, l catalog.Lane, c atoll.CopysetID) uint64 {
@@ -59,7 +68,7 @@ func (s *slot) setState(st state) {
 }
 
 func newTable() *table {
-	t := &table{rare: map[atoll.Ordinal]*rare{}}
+	t := &table{rare: map[atoll.Ordinal]*rare{}, moved: map[atoll.Ordinal]map[atoll.Ordinal]int32{}}
 	t.chunks.Store(&[]*chunk{})
 	return t
 }
@@ -111,10 +120,14 @@ func (t *table) set(o atoll.Ordinal, e entry) {
 	}
 	s := &c.slots[(o-1)%chunkEntries]
 	s.length = e.Length
-	if len(e.Unverified) > 0 || !e.Remap.IsZero() || e.Generation != 0 {
-		t.rare[o] = &rare{e.Remap, slices.Clone(e.Unverified), e.Generation}
-	} else {
+	if e.Size != 0 {
+		s.size = e.Size
+	}
+	r := &rare{e.Remap, slices.Clone(e.Unverified), e.Removed}
+	if r.plain() {
 		delete(t.rare, o)
+	} else {
+		t.rare[o] = r
 	}
 	s.info.Store(packInfo(e.State, e.Lane, e.Copyset))
 	c.used = max(c.used, int((o-1)%chunkEntries)+1)
@@ -134,9 +147,9 @@ func (t *table) count(o atoll.Ordinal, delta int) {
 func (t *table) entryAt(c *chunk, i int, live int32) entry {
 	s := &c.slots[i]
 	st, lane, copyset := s.get()
-	e := entry{State: st, Lane: lane, Copyset: copyset, Length: s.length, Live: live}
+	e := entry{State: st, Lane: lane, Copyset: copyset, Length: s.length, Size: s.size, Live: live}
 	if r := t.rare[c.firstOrd+atoll.Ordinal(i)]; r != nil {
-		e.Remap, e.Generation, e.Unverified = r.remap, r.generation, r.unverified
+		e.Remap, e.Unverified, e.Removed = r.remap, r.unverified, r.removed
 	}
 	return e
 }
@@ -174,9 +187,13 @@ func (t *table) load(i int, ref Ref, entries []entry) {
 	c.dirty = false
 }
 
-// allGone reports whether every segment of a full chunk is gone.
-func (c *chunk) allGone() bool {
+// allGone reports whether every segment of a full chunk is gone, those below
+// base never were.
+func (c *chunk) allGone(base atoll.Ordinal) bool {
 	for i := range c.slots {
+		if c.firstOrd+atoll.Ordinal(i) < base {
+			continue
+		}
 		if st, _, _ := c.slots[i].get(); st != stateGone || c.slots[i].own != 0 {
 			return false
 		}
@@ -203,4 +220,106 @@ func (t *table) own(r Ref, delta int32) {
 	if s := t.at(r.Ordinal); s != nil && !r.IsZero() {
 		s.own += delta
 	}
+}
+
+// ownVersions counts the records of a manifest's versions.
+func (t *table) ownVersions(man *manifest, delta int32) {
+	for _, g := range man.Pages {
+		t.own(g.Ref, delta)
+	}
+	for i := range man.Versions {
+		t.own(man.Versions[i].Root, delta)
+	}
+}
+
+// setRemap gives a segment its remap, which lies at ref; nil takes it away.
+func (t *table) setRemap(o atoll.Ordinal, ref Ref, r *remap) {
+	s, x := t.at(o), t.rare[o]
+	if x == nil {
+		x = &rare{}
+	}
+	if old := s.remap.Load(); old != nil {
+		for p := range old.into() {
+			delete(t.moved[p], o)
+			if len(t.moved[p]) == 0 {
+				delete(t.moved, p)
+			}
+		}
+		t.own(x.remap, -1)
+	}
+	if r != nil {
+		for p, n := range r.into() {
+			if t.moved[p] == nil {
+				t.moved[p] = map[atoll.Ordinal]int32{}
+			}
+			t.moved[p][o] = n
+		}
+		t.own(ref, +1)
+	}
+	s.remap.Store(r)
+	x.remap = ref
+	if r == nil {
+		x.removed = false
+	}
+	if x.plain() {
+		delete(t.rare, o)
+	} else {
+		t.rare[o] = x
+	}
+}
+
+// taken returns about what a segment takes on disks. usual is the size of those
+// of which it is not known.
+func (s *slot) taken(usual atoll.BlockNo) atoll.BlockNo {
+	if s.size != 0 {
+		usual = s.size
+	}
+	return room(s.length, usual)
+}
+
+// room returns what a segment takes on disks that was made with a size and
+// sealed at length; 0 while it is open. Nodes take back the rest of one that was
+// sealed short.
+func room(length, size atoll.BlockNo) atoll.BlockNo {
+	if length == 0 || length >= size-size/4 {
+		return max(length, size)
+	}
+	return length
+}
+
+// spread returns how many blocks of each compacted segment were moved, wherever
+// they are.
+func (t *table) spread() map[atoll.Ordinal]int32 {
+	total := map[atoll.Ordinal]int32{}
+	for _, from := range t.moved {
+		for q, n := range from {
+			total[q] += n
+		}
+	}
+	return total
+}
+
+// likely returns how many blocks of a segment's bytes are in use, if of those
+// that were moved as large a part died here as elsewhere. held is the bound.
+func (t *table) likely(o atoll.Ordinal, s *slot, total map[atoll.Ordinal]int32) (n atoll.BlockNo) {
+	if st, _, _ := s.get(); st != stateVirtual {
+		n = atoll.BlockNo(max(s.live.Load(), s.saved))
+	}
+	for from, moved := range t.moved[o] {
+		live := int64(max(t.at(from).live.Load(), t.at(from).saved))
+		n += atoll.BlockNo(min(int64(moved), (live*int64(moved)+int64(total[from])-1)/int64(max(total[from], 1))))
+	}
+	return n
+}
+
+// held returns how many blocks of a segment's bytes may be in use: its own, if
+// it was not compacted, and those moved into it.
+func (t *table) held(o atoll.Ordinal, s *slot) (n atoll.BlockNo) {
+	if st, _, _ := s.get(); st != stateVirtual {
+		n = atoll.BlockNo(max(s.live.Load(), s.saved))
+	}
+	for from, moved := range t.moved[o] {
+		n += atoll.BlockNo(min(moved, max(t.at(from).live.Load(), t.at(from).saved)))
+	}
+	return n
 }

@@ -2,6 +2,7 @@ package medium
 
 import (
 	"testing"
+	"time"
 
 	"github.com/atollstore/atoll/internal/atoll"
 	"github.com/atollstore/atoll/internal/catalog"
@@ -26,13 +27,13 @@ func written(t *testing.T, m *Medium, ck *checkpoint) (chunks []int, d *draft) {
 		t.Fatal(err)
 	}
 	for i := range d.chunks {
-		if dc := &d.chunks[i]; dc.record != nil {
+		if dc := &d.chunks[i]; dc.write {
 			chunks = append(chunks, dc.index)
 			dc.ref = Ref{Ordinal: 1, Copyset: 1, Block: 1, Blocks: 1, CRC: uint32(i)}
 		}
 	}
 	d.refs()
-	m.adopt(d, Ref{Ordinal: 1, Copyset: 1, Block: 2, Blocks: 1})
+	m.adopt(d, Ref{Ordinal: 1, Copyset: 1, Block: 2, Blocks: 1}, time.Time{})
 	return chunks, d
 }
 
@@ -55,8 +56,8 @@ func TestChunks(t *testing.T) {
 	if len(got) != 1 || got[0] != 1 {
 		t.Fatalf("one count changed, and chunks %v are written", got)
 	}
-	if _, _, es, err := parseChunk(d.chunks[1].record); err != nil || es[4].Live != 2 {
-		t.Fatalf("chunk has %+v, %v", es[4], err)
+	if es := d.chunks[1].entries; es[4].Live != 2 {
+		t.Fatalf("chunk has %+v", es[4])
 	}
 	// The manifest's own records keep segment 1 until they are elsewhere.
 	for o := atoll.Ordinal(1); o <= chunkEntries; o++ {
@@ -103,10 +104,10 @@ func TestDropRule(t *testing.T) {
 		s := m.table.at(c.o)
 		s.hold.Store(c.hold)
 		s.own = c.own
-		if got := m.unused(&mark, c.o, s, 0); got != c.drop {
+		if got := m.unused(&draft{man: manifest{Mark: mark}}, c.o, s, 0); got != c.drop {
 			t.Errorf("%s: %v", c.name, got)
 		}
-		if m.unused(&mark, c.o, s, 1) {
+		if m.unused(&draft{man: manifest{Mark: mark}}, c.o, s, 1) {
 			t.Errorf("%s: dropped although the manifest counts a block", c.name)
 		}
 	}

@@ -314,6 +314,7 @@ func (n *Node) publish(s *seg) {
 	s.mu.idx.crcs = append(s.mu.idx.crcs, r.crcs...)
 	s.mu.idx.batches = append(s.mu.idx.batches, r.starts...)
 	n.roundBytes += size
+	n.appended.Add(size)
 }
 
 // writeFailed classifies an error of a write or sync of s. All but lack of room

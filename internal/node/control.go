@@ -16,7 +16,8 @@ const minSegmentBlocks = 4
 
 // Create implements wire.Node.
 func (n *Node) Create(ctx context.Context, id atoll.SegmentID, epoch atoll.Epoch, blocks atoll.BlockNo) error {
-	if blocks < minSegmentBlocks || blocks > atoll.MaxSegmentBlocks {
+	reserve := blocks&wire.Reserve != 0
+	if blocks &^= wire.Reserve; blocks < minSegmentBlocks || blocks > atoll.MaxSegmentBlocks {
 		return fmt.Errorf("create segment %v of %d blocks: %w", id, blocks, atoll.ErrInvalid)
 	}
 	if err := n.control(ctx, id); err != nil {
@@ -33,7 +34,7 @@ func (n *Node) Create(ctx context.Context, id atoll.SegmentID, epoch atoll.Epoch
 	if s, err := n.lookup(id); err == nil {
 		return n.createAgain(s, epoch)
 	}
-	if err := n.create(state{id: id, flags: exists, size: blocks, epoch: epoch}); err != nil {
+	if err := n.create(state{id: id, flags: exists, size: blocks, epoch: epoch}, reserve); err != nil {
 		return fmt.Errorf("create segment %v: %w", id, err)
 	}
 	return nil
@@ -80,9 +81,10 @@ func (n *Node) createMissing(s *seg, epoch atoll.Epoch) error {
 }
 
 // create makes the file and then the state (S3). The file stays if the state
-// cannot be written: the next open finds it.
-func (n *Node) create(st state) error {
-	slot, err := n.reserve(st.size)
+// cannot be written: the next open finds it. With reserve it may take the room
+// beyond the high-water mark.
+func (n *Node) create(st state, reserve bool) error {
+	slot, err := n.reserve(st.size, reserve)
 	if err != nil {
 		return err
 	}
@@ -429,6 +431,7 @@ func (n *Node) setSealed(s *seg, foot *segment.Footer) {
 	n.releaseRound(s)
 	n.metrics.count(0, -1, 0)
 	n.states.put(st, false)
+	n.shrinking.add(s.id)
 }
 
 // Delete implements wire.Node.

@@ -79,6 +79,11 @@ func (n *Node) loadSegment(st state, there bool) state {
 		if err != nil {
 			n.log.Warn("footer is damaged; the segment will be read through", "seg", st.id, "err", err)
 		}
+		if size, err := f.Size(); err == nil {
+			if _, worth := s.shrunk(); worth || size > st.size.Bytes() {
+				n.shrinking.add(st.id)
+			}
+		}
 		return st
 	}
 	n.scan(s, f)
@@ -94,6 +99,7 @@ func (n *Node) scan(s *seg, f host.File) {
 	if got.Sealed {
 		m.st.flags |= sealed
 		m.st.length = got.Length
+		n.shrinking.add(s.id)
 		return
 	}
 	if got.Length < m.st.length { // see noteLength

@@ -63,6 +63,8 @@ type Node struct {
 	turns   turns
 	queue   queue
 
+	shrinking shrinking
+
 	stop  chan struct{} // closed by Close and Abort
 	wg    sync.WaitGroup
 	calls calls
@@ -78,6 +80,7 @@ type Node struct {
 	diskErrors atomic.Uint64 // of writes and syncs; they turn the node read-only
 	readErrors atomic.Uint64
 	lastAppend atomic.Int64 // nanoseconds
+	appended   atomic.Int64 // bytes
 	recent     latencies
 
 	// Of the committer.

@@ -413,14 +413,15 @@ func (n *Node) Stat(ctx context.Context) (wire.Stat, error) {
 	if err != nil {
 		return wire.Stat{}, fmt.Errorf("stat node %v: %w", n.id.Node, err)
 	}
+	ready := int64(n.slots.ready()) * slotBytes // free slots are room for segments
 	n.mu.Lock()
 	all, open := len(n.mu.segs), n.openSegments()
 	n.mu.Unlock()
 	return wire.Stat{
 		Cluster: n.id.Cluster, Node: n.id.Node, Disk: n.id.Disk, Incarnation: n.id.Incarnation,
-		Total: sp.total, Free: max(0, sp.free), Segments: all, Open: open,
+		Total: sp.total, Free: max(0, sp.free+ready), Segments: all, Open: open,
 		ReadOnly: n.diskErrors.Load() >= maxDiskErrors,
-		Full:     n.full.Load() || !sp.fits(atoll.BlockNo(atoll.SegmentBlocks).Bytes()) && n.slots.ready() == 0,
+		Full:     n.full.Load() || !sp.fits(slotBytes-ready, atoll.HighWaterPercent),
 		Errors:   n.diskErrors.Load() + n.readErrors.Load(), AppendP99: n.recent.p99(),
 	}, nil
 }

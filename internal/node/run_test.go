@@ -407,3 +407,46 @@ func FuzzStates(f *testing.F) {
 		}
 	})
 }
+
+// TestReserve: what frees space may go beyond the high-water mark, but not fill
+// the disk.
+func TestReserve(t *testing.T) {
+	d := hosttest.NewDisk(1)
+	must(t, Format(d, Identity{Cluster: testCluster, Node: 1}))
+	n := openNode(t, d, func(o *Options) { o.Limit = 1000 * atoll.BlockSize })
+	must(t, n.Create(bg(), testSeg(1), 1, 940))
+	full := func() bool {
+		st, err := n.Stat(bg())
+		must(t, err)
+		return st.Full
+	}
+	wantErr(t, n.Create(bg(), testSeg(2), 1, 16), atoll.ErrNoSpace)
+	must(t, n.Create(bg(), testSeg(2), 1, 16|wire.Reserve))
+	if !full() {
+		t.Error("a node above its high-water mark is not full")
+	}
+	wantErr(t, n.Create(bg(), testSeg(3), 1, 4), atoll.ErrNoSpace)
+	wantErr(t, n.Create(bg(), testSeg(3), 1, 32|wire.Reserve), atoll.ErrNoSpace)
+	must(t, n.Create(bg(), testSeg(3), 1, 16|wire.Reserve))
+	must(t, n.Delete(bg(), testSeg(1), 1))
+	must(t, n.Create(bg(), testSeg(4), 1, 64))
+	must(t, n.Close())
+}
+
+// TestReserveDropsSlots: free slots do not keep files of another size from being
+// made.
+func TestReserveDropsSlots(t *testing.T) {
+	d := hosttest.NewDisk(1)
+	must(t, Format(d, Identity{Cluster: testCluster, Node: 1}))
+	n := openNode(t, d, func(o *Options) { o.NoPrewrite, o.Spare, o.Limit = false, 1, 80<<20 })
+	for limit := time.Now().Add(20 * time.Second); n.slots.ready() == 0; time.Sleep(time.Millisecond) {
+		if time.Now().After(limit) {
+			t.Fatal("no slot was filled")
+		}
+	}
+	must(t, n.Create(bg(), testSeg(1), 1, 4096))
+	if n.slots.ready() != 0 {
+		t.Error("a slot that stood in the way is still there")
+	}
+	must(t, n.Close())
+}

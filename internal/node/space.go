@@ -1,6 +1,7 @@
 package node
 
 import (
+	"errors"
 	"fmt"
 
 	"github.com/atollstore/atoll/internal/atoll"
@@ -11,9 +12,9 @@ type space struct {
 	total, free int64 // bytes; free counts what open segments may still take as used
 }
 
-// fits reports whether taking n more bytes stays below the high-water mark.
-func (s space) fits(n int64) bool {
-	return s.total-s.free+n <= s.total/100*atoll.HighWaterPercent
+// fits reports whether taking n more bytes stays below a mark in percent.
+func (s space) fits(n, percent int64) bool {
+	return s.total-s.free+n <= s.total/100*percent
 }
 
 // space returns the capacity and what is left of it: of the limit given in the
@@ -34,29 +35,78 @@ func (n *Node) space() (space, error) {
 }
 
 // reserve takes room for a segment of that many blocks: a slot, whose path it
-// returns, or bytes. ErrNoSpace above the high-water mark.
-func (n *Node) reserve(blocks atoll.BlockNo) (slot string, err error) {
+// returns, or bytes. ErrNoSpace above the high-water mark, or above that of the
+// reserve if deep. Free slots do not count as used for that, and do not make
+// room beyond it: what is freed above the high-water mark stays free.
+func (n *Node) reserve(blocks atoll.BlockNo, deep bool) (slot string, err error) {
+	percent := int64(atoll.HighWaterPercent)
+	if deep {
+		percent = atoll.ReservePercent
+	}
 	if blocks == atoll.SegmentBlocks {
+		if ready := n.slots.ready(); ready > 0 {
+			if err := n.roomFor(slotBytes-int64(ready)*slotBytes, percent); err != nil {
+				return "", err
+			}
+		}
 		if slot = n.slots.take(); slot != "" {
 			return slot, nil
 		}
 	}
-	return n.reserveBytes(blocks.Bytes())
+	for {
+		err := n.reserveBytes(blocks.Bytes(), percent)
+		if !errors.Is(err, atoll.ErrNoSpace) || !n.slots.drop() {
+			return "", err
+		}
+	}
 }
 
-func (n *Node) reserveBytes(size int64) (string, error) {
+// drop gives a free slot's room back at once, for a file of another size; false
+// if there is none.
+func (s *slots) drop() bool {
+	s.mu.Lock()
+	k := len(s.mu.free) - 1
+	if k < 0 {
+		s.mu.Unlock()
+		return false
+	}
+	path := s.mu.free[k]
+	s.mu.free = s.mu.free[:k]
+	s.mu.Unlock()
+	s.n.metrics.count(0, 0, -1)
+	if err := s.n.fs.Remove(path); err != nil {
+		s.n.log.Warn("slot not removed", "name", path, "err", err)
+		return false
+	}
+	s.n.unreserveBytes(slotBytes)
+	return true
+}
+
+// roomFor is ErrNoSpace when the disk is too full for size more bytes.
+func (n *Node) roomFor(size, percent int64) error {
 	sp, err := n.space()
 	if err != nil {
-		return "", err
+		return err
 	}
-	if !sp.fits(size) {
-		return "", fmt.Errorf("disk of node %v: %d MiB more than the %d of %d in use would pass the high-water mark of %d %%: %w",
-			n.id.Node, size>>20, (sp.total-sp.free)>>20, sp.total>>20, atoll.HighWaterPercent, atoll.ErrNoSpace)
+	if !sp.fits(size, percent) {
+		what := "high-water mark"
+		if percent != atoll.HighWaterPercent {
+			what = "mark of the reserve"
+		}
+		return fmt.Errorf("disk of node %v: %d MiB more than the %d of %d in use would pass the %s of %d %%: %w",
+			n.id.Node, size>>20, (sp.total-sp.free)>>20, sp.total>>20, what, percent, atoll.ErrNoSpace)
+	}
+	return nil
+}
+
+func (n *Node) reserveBytes(size, percent int64) error {
+	if err := n.roomFor(size, percent); err != nil {
+		return err
 	}
 	n.mu.Lock()
 	n.mu.used += size
 	n.mu.Unlock()
-	return "", nil
+	return nil
 }
 
 func (n *Node) unreserve(blocks atoll.BlockNo) { n.unreserveBytes(blocks.Bytes()) }

@@ -202,7 +202,7 @@ func (g *gateway) own(ctx context.Context, p *process, opts medium.Options) erro
 	if err != nil {
 		return err
 	}
-	v, err := volume.Open(octx, store{m}, volume.Options{
+	v, err := volume.Open(octx, volume.OnMedium(m), volume.Options{
 		Mode: g.w.cfg.mode, CacheBytes: 64 << 10, DirtyBytes: 1 << 20, FlushDelay: g.w.cfg.flushDelay,
 		CheckpointBytes: g.w.cfg.checkpoint, Log: g.w.logger(g.name),
 	})
@@ -291,15 +291,4 @@ func (s *serving) close(ctx context.Context) error {
 	err = errors.Join(err, s.med.Close(ctx))
 	s.g.w.note("close", s.g.name, kindOf(err))
 	return err
-}
-
-// store is a medium as the volume wants it.
-type store struct{ *medium.Medium }
-
-var _ volume.Store = store{}
-
-func (s store) NewEntry() volume.Entry { return &stream.Entry{} }
-
-func (s store) Submit(ctx context.Context, l catalog.Lane, e volume.Entry) error {
-	return s.Medium.Submit(ctx, l, e.(*stream.Entry))
 }

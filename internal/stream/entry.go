@@ -151,3 +151,7 @@ func (e *Entry) release() {
 	}
 	e.parts = e.parts[:0]
 }
+
+// Header returns where the batch begins that holds the entry. Valid after
+// success.
+func (e *Entry) Header() atoll.BlockNo { return e.header }

@@ -198,7 +198,7 @@ func (n *fakeNode) Create(ctx context.Context, seg atoll.SegmentID, epoch atoll.
 		}
 		return nil
 	}
-	n.segs[seg] = &fakeSegment{size: blocks, fence: epoch, grade: wire.Clean}
+	n.segs[seg] = &fakeSegment{size: blocks &^ wire.Reserve, fence: epoch, grade: wire.Clean}
 	return nil
 }
 

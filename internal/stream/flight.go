@@ -102,6 +102,7 @@ func (w *Writer) answer(a *wire.Append, ev event) {
 
 // ack hands the entries of a batch back, all in one pass.
 func (w *Writer) ack(fx effect) {
+	w.advance(fx)
 	blocks := 0
 	oldest := w.ring[fx.first%maxEntries].queued
 	for p := fx.first; p < fx.first+uint64(fx.n); p++ {
@@ -115,4 +116,28 @@ func (w *Writer) ack(fx effect) {
 		m.bytes.Add(float64(blocks * atoll.BlockSize))
 		observe(m.total, w.now()-oldest)
 	}
+}
+
+// Tail is a place in the log up to which everything is on stable storage.
+type Tail struct {
+	Ordinal atoll.Ordinal
+	Block   atoll.BlockNo // just past the last batch
+	Seq     uint64        // of the next record
+}
+
+// Tail returns the end of what was acknowledged, false if nothing was yet. An
+// entry whose Wait has returned nil lies before it.
+func (w *Writer) Tail() (Tail, bool) {
+	w.done.Lock()
+	defer w.done.Unlock()
+	return w.done.tail, w.done.tail.Ordinal != 0
+}
+
+// advance moves the tail behind a batch, before anybody hears of that.
+func (w *Writer) advance(fx effect) {
+	last := w.ring[(fx.first+uint64(fx.n)-1)%maxEntries]
+	end := last.first + atoll.BlockNo(last.blocks) // entries follow one another
+	w.done.Lock()
+	w.done.tail = Tail{last.seg.Ordinal, end, last.seq + uint64(len(last.recs))}
+	w.done.Unlock()
 }

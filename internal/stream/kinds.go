@@ -2,6 +2,7 @@ package stream
 
 import (
 	"errors"
+	"fmt"
 
 	"github.com/atollstore/atoll/internal/atoll"
 	"github.com/atollstore/atoll/internal/segment"
@@ -11,6 +12,9 @@ import (
 func isFenced(err error) bool {
 	return errors.Is(err, atoll.ErrFenced) || errors.Is(err, atoll.ErrSealed)
 }
+
+// errReserve: a node has no room even in its reserve.
+var errReserve = fmt.Errorf("the reserve is used up: %w", atoll.ErrNoSpace)
 
 func isNoSpace(err error) bool { return errors.Is(err, atoll.ErrNoSpace) }
 

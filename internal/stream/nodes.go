@@ -75,6 +75,7 @@ type suspicion struct {
 	until time.Time
 	pause time.Duration
 	full  bool // it had no space; nothing else is held against it
+	deep  bool // not even in its reserve
 }
 
 // NewNodes returns the view of a process. Close ends it.
@@ -250,7 +251,7 @@ func (n *Nodes) Suspect(id atoll.NodeID, err error) {
 		s = &suspicion{}
 		n.mu.suspects[id] = s
 	}
-	s.full = isNoSpace(err)
+	s.full, s.deep = isNoSpace(err), errors.Is(err, errReserve)
 	switch {
 	case s.full:
 		s.until = now.Add(fullPause)
@@ -262,21 +263,26 @@ func (n *Nodes) Suspect(id atoll.NodeID, err error) {
 		s.pause = firstSuspicion
 		s.until = now.Add(s.pause)
 	}
-	pause := s.until.Sub(now)
+	pause, full := s.until.Sub(now), s.full
 	n.mu.Unlock()
+	if full {
+		n.log.Info("node full", "node", id, "dur", pause, "err", err)
+		return
+	}
 	n.log.Warn("node suspected", "node", id, "dur", pause, "err", err)
 	if n.metrics != nil {
 		n.metrics.suspects.Inc()
 	}
 }
 
-// doubt tells whether a node is under suspicion, and whether for want of space.
-func (n *Nodes) doubt(id atoll.NodeID, now time.Time) (suspect, full bool) {
+// doubt tells whether a node is under suspicion, and whether for want of space,
+// or, if deep, for want of its reserve.
+func (n *Nodes) doubt(id atoll.NodeID, now time.Time, deep bool) (suspect, full bool) {
 	n.mu.RLock()
 	defer n.mu.RUnlock()
 	s := n.mu.suspects[id]
 	if s == nil || !now.Before(s.until) {
 		return false, false
 	}
-	return !s.full, s.full
+	return !s.full, s.full && (s.deep || !deep)
 }

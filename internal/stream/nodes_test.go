@@ -125,8 +125,18 @@ func TestPickFull(t *testing.T) {
 	for id := range c.nodes {
 		c.view.Suspect(id, atoll.ErrNoSpace)
 	}
-	if _, err := c.view.Pick(context.Background(), catalog.Policy{Replicas: 3}, nil); !errors.Is(err, atoll.ErrNoSpace) {
+	p := catalog.Policy{Replicas: 3}
+	if _, err := c.view.Pick(context.Background(), p, nil); !errors.Is(err, atoll.ErrNoSpace) {
 		t.Fatal(err)
+	}
+	if _, err := c.view.pick(context.Background(), p, nil, true); err != nil {
+		t.Fatal("in the reserve:", err)
+	}
+	for id := range c.nodes {
+		c.view.Suspect(id, errReserve)
+	}
+	if _, err := c.view.pick(context.Background(), p, nil, true); !errors.Is(err, atoll.ErrNoSpace) {
+		t.Fatal("in a reserve that is used up:", err)
 	}
 }
 

@@ -26,9 +26,15 @@ type health struct {
 // asks for if need be, but at least DefaultMin. ErrNoSpace when only space is
 // missing, ErrUnavailable when there are too few healthy nodes.
 func (n *Nodes) Pick(ctx context.Context, p catalog.Policy, avoid []atoll.NodeID) (catalog.Copyset, error) {
+	return n.pick(ctx, p, avoid, false)
+}
+
+// pick is Pick, and if deep also takes nodes that have room in their reserve
+// only.
+func (n *Nodes) pick(ctx context.Context, p catalog.Policy, avoid []atoll.NodeID, deep bool) (catalog.Copyset, error) {
 	want, least := max(p.Replicas, 1), DefaultMin(p)
 	st := n.catalog.State()
-	h := n.health(st, avoid)
+	h := n.health(st, avoid, deep)
 	if set, ok := n.ready(st, h.good, want); ok {
 		return set, nil
 	}
@@ -49,21 +55,21 @@ func (n *Nodes) Pick(ctx context.Context, p catalog.Policy, avoid []atoll.NodeID
 // Whole reports whether Pick would find as many healthy nodes as the policy asks
 // for.
 func (n *Nodes) Whole(p catalog.Policy) bool {
-	return len(n.health(n.catalog.State(), nil).good) >= p.Replicas
+	return len(n.health(n.catalog.State(), nil, false).good) >= p.Replicas
 }
 
-func (n *Nodes) health(st *catalog.State, avoid []atoll.NodeID) health {
+func (n *Nodes) health(st *catalog.State, avoid []atoll.NodeID, deep bool) health {
 	var h health
 	now := time.Now()
 	for id, rec := range st.Nodes {
 		if rec.State != catalog.NodeActive || slices.Contains(avoid, id) {
 			continue
 		}
-		suspect, full := n.doubt(id, now)
+		suspect, full := n.doubt(id, now, deep)
 		switch {
 		case !rec.Up || rec.Report.ReadOnly:
 			h.down = append(h.down, id)
-		case rec.Report.Full || full:
+		case rec.Report.Full && !deep || full:
 			h.full++
 		case suspect:
 			h.suspect = append(h.suspect, rec)

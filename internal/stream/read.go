@@ -62,7 +62,7 @@ func (n *Nodes) order(seg atoll.SegmentID, members []atoll.NodeID, list *[atoll.
 			if now.IsZero() {
 				now = time.Now()
 			}
-			if suspect, _ := n.doubt(id, now); suspect {
+			if suspect, _ := n.doubt(id, now, false); suspect {
 				key += int64(time.Hour)
 			}
 		}

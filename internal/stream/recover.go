@@ -204,7 +204,7 @@ func (r *recovery) completeCopy(ctx context.Context, i int) error {
 	defer cancel()
 	if c.short(i) {
 		if c.copies[i].tail.Grade == wire.Absent {
-			if err := node.Create(ctx, c.seg, r.epoch, sizeFor(c.length)); err != nil {
+			if err := node.Create(ctx, c.seg, r.epoch, sizeFor(c.length)|wire.Reserve); err != nil {
 				return err
 			}
 		}

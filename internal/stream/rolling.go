@@ -3,11 +3,13 @@ package stream
 import (
 	"context"
 	"errors"
+	"fmt"
 	"sync"
 	"time"
 
 	"github.com/atollstore/atoll/internal/atoll"
 	"github.com/atollstore/atoll/internal/catalog"
+	"github.com/atollstore/atoll/internal/wire"
 )
 
 // Times of the work around segments.
@@ -71,6 +73,13 @@ func (w *Writer) registerSegment(no segNo) event {
 	defer cancel()
 	ev := event{kind: evRegistered, seg: no, size: atoll.BlockNo(w.opts.Policy.Segment)}
 	set, err := w.opts.Nodes.Pick(ctx, w.opts.Policy, nil)
+	if isNoSpace(err) && w.deep() {
+		ev.size = min(ev.size, reserveBlocks)
+		if w.opts.Lane == catalog.Hot {
+			ev.size = min(ev.size, reserveHot)
+		}
+		set, err = w.opts.Nodes.pick(ctx, w.opts.Policy, nil, true)
+	}
 	if err != nil {
 		ev.err = err
 		return ev
@@ -85,6 +94,16 @@ func (w *Writer) registerSegment(no segNo) event {
 	}
 	return ev
 }
+
+// Sizes of segments made in the nodes' reserve. In the hot lane there is hardly
+// room for more than what may use it, since whatever waits gets the rest.
+const (
+	reserveBlocks = 2048
+	reserveHot    = 600
+)
+
+// deep reports whether a segment made now may use the nodes' reserve.
+func (w *Writer) deep() bool { return w.opts.Reserve != nil && w.opts.Reserve() }
 
 // persist records a seal or an abandon, however often it takes.
 func (w *Writer) persist(j catalogJob) error {
@@ -135,7 +154,14 @@ func (w *Writer) create(fx effect) {
 	w.wg.Go(func() {
 		ctx, cancel := context.WithTimeout(w.ctx, sealTimeout)
 		defer cancel()
-		err := s.nodes[fx.copy].Create(ctx, s.id, w.opts.Epoch, s.size)
+		size := s.size
+		if size <= reserveBlocks && w.deep() { // a larger one would find it used up too soon
+			size |= wire.Reserve
+		}
+		err := s.nodes[fx.copy].Create(ctx, s.id, w.opts.Epoch, size)
+		if isNoSpace(err) && size&wire.Reserve != 0 {
+			err = fmt.Errorf("%w: %w", errReserve, err)
+		}
 		w.tell(event{kind: evCreated, seg: s.no, copy: fx.copy, err: err})
 	})
 }

@@ -48,6 +48,9 @@ type WriterOptions struct {
 	// Valid reports whether the owner's lease holds. It is asked before every
 	// acknowledgement, must be fast, and may be called at any time. Nil: always.
 	Valid func() bool
+	// Reserve reports whether a segment may be made in the room that nodes keep
+	// for what frees space. It may be called at any time. Nil: never.
+	Reserve func() bool
 	// Timeout is how long an entry may take before it fails with
 	// ErrUnavailable; 0 means atoll.RequestTimeout.
 	Timeout time.Duration
@@ -78,6 +81,11 @@ type Writer struct {
 	ctx     context.Context // ends with the writer; for its own goroutines only
 	cancel  context.CancelFunc
 	wg      sync.WaitGroup
+
+	done struct {
+		sync.Mutex // held for memory work only
+		tail       Tail
+	}
 
 	// The rest belongs to the goroutine of run.
 	core    *writerCore

@@ -194,7 +194,11 @@ func (c *Client) simple(ctx context.Context, m method, r request) (response, err
 
 // Create implements Node.
 func (c *Client) Create(ctx context.Context, seg atoll.SegmentID, epoch atoll.Epoch, blocks atoll.BlockNo) error {
-	_, err := c.simple(ctx, mCreate, request{seg: seg, epoch: epoch, block: blocks})
+	r := request{seg: seg, epoch: epoch, block: blocks &^ Reserve}
+	if blocks&Reserve != 0 {
+		r.count = createReserve
+	}
+	_, err := c.simple(ctx, mCreate, r)
 	return err
 }
 

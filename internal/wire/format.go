@@ -56,7 +56,8 @@ import (
 //	24    16  segment: medium (8), ordinal (4), copyset (4); LIST: the one before
 //	40     8  epoch
 //	48     4  block: offset of a batch, first block; CREATE, SEAL: blocks
-//	52     4  count: blocks to read, most bytes to FETCH, most entries, runs
+//	52     4  count: blocks to read, most bytes to FETCH, most entries, runs;
+//	          CREATE: flags, bit 0 = may use the reserve. Others 0, and ignored
 //	56   8*n  DISCARD: runs, each block (4) and blocks (4)
 //
 // The body of their answers:
@@ -103,6 +104,8 @@ const (
 	maxPayload = atoll.MaxFrame
 
 	flagSum = 1 << 0
+
+	createReserve = 1 << 0
 )
 
 var (

@@ -63,6 +63,7 @@ func golden() (names []string, frames map[string][]byte) {
 	frame("list", mList, true, reply(mList, response{list: []SegmentInfo{madeUp(1), madeUp(6)}}), nil)
 	frame("stat", mStat, true, reply(mStat, response{stat: Stat{cluster, 3, uuid(1), uuid(2), 4, 5, 6, 7, true, true, 8, 9}}), nil)
 	frame("verify", mVerify, true, reply(mVerify, response{verify: VerifyResult{5, []Run{{1, 2}}}}), nil)
+	frame("reserve", mCreate, false, ask(mCreate, request{epoch: 5, block: 77, count: createReserve}), nil)
 	return names, frames
 }
 

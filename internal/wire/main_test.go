@@ -42,6 +42,7 @@ type memNode struct {
 type memSeg struct {
 	data   []byte
 	epoch  atoll.Epoch
+	size   atoll.BlockNo // as asked for
 	sealed bool
 }
 
@@ -149,7 +150,7 @@ func (n *memNode) Create(ctx context.Context, seg atoll.SegmentID, epoch atoll.E
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	n.segs[seg] = &memSeg{epoch: epoch}
+	n.segs[seg] = &memSeg{epoch: epoch, size: blocks}
 	return nil
 }
 

@@ -8,6 +8,10 @@ import (
 	"github.com/atollstore/atoll/internal/host"
 )
 
+// Reserve is added to the size of a segment that Create is to make, when it may
+// take the room that is kept for what frees space.
+const Reserve atoll.BlockNo = 1 << 31
+
 // Node is a storage node as writers, readers and the controller see it: the
 // node itself when it lives in this process, or a connection to it. Both behave
 // alike. All methods may be called concurrently; every wait ends with the
@@ -23,7 +27,9 @@ type Node interface {
 
 	// Create makes an empty segment of at most blocks blocks. Making one that
 	// is there already and empty, under the same epoch, is no error. Durable on
-	// return. ErrFenced, ErrNoSpace (high-water mark), ErrReadOnly, ErrExist.
+	// return. With the bit Reserve in blocks it may fill the disk beyond the
+	// high-water mark, up to atoll.ReservePercent. ErrFenced, ErrNoSpace
+	// (high-water mark), ErrReadOnly, ErrExist.
 	Create(ctx context.Context, seg atoll.SegmentID, epoch atoll.Epoch, blocks atoll.BlockNo) error
 
 	// Fence makes the node refuse appends to seg under epochs below epoch, for

@@ -540,7 +540,11 @@ func (c *session) perform(ctx context.Context, j *job, r *response) (buf *host.B
 	n, q := j.node, &j.req
 	switch j.method {
 	case mCreate:
-		r.err = n.Create(ctx, q.seg, q.epoch, q.block)
+		blocks := q.block &^ Reserve
+		if q.count&createReserve != 0 {
+			blocks |= Reserve
+		}
+		r.err = n.Create(ctx, q.seg, q.epoch, blocks)
 	case mFence:
 		r.tail, r.err = n.Fence(ctx, q.seg, q.epoch)
 	case mExtend:

@@ -167,6 +167,22 @@ func TestCodes(t *testing.T) {
 	}
 }
 
+// TestReserve: the leave to use the reserve reaches the node, and the size as it
+// was.
+func TestReserve(t *testing.T) {
+	r := newRig(t, "tcp", nil)
+	c := r.client(1)
+	for _, blocks := range []atoll.BlockNo{64, 64 | Reserve} {
+		must(t, c.Create(ctxFor(t), seg1, 1, blocks))
+		n := r.nodes[1]
+		n.mu.Lock()
+		if got := n.segs[seg1].size; got != blocks {
+			t.Errorf("asked for %x, the node got %x", blocks, got)
+		}
+		n.mu.Unlock()
+	}
+}
+
 // TestC11WrongIdentity swaps what lives behind an address: another cluster,
 // another node, another disk in the node's place. Nothing may be answered.
 func TestC11WrongIdentity(t *testing.T) {

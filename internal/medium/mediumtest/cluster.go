@@ -38,6 +38,9 @@ type Cluster struct {
 	session *catalog.Session // on which the nodes hang
 	nodes   []*member
 	owners  []*Owner
+	limit   int64         // bytes that each node may use; 0 all
+	stop    chan struct{} // ends the reports
+	slow    atomic.Int64  // delay of the catalog, one way
 	wg      sync.WaitGroup
 }
 
@@ -52,7 +55,8 @@ type member struct {
 // its own. It stops when the test ends; in a bubble call Close at its end.
 func NewCluster(t testing.TB, n int) *Cluster {
 	t.Helper()
-	c := &Cluster{Memory: catalog.NewMemory(catalog.MemoryOptions{}), t: t, id: atoll.UUID{1}, log: slog.New(slog.DiscardHandler)}
+	c := &Cluster{stop: make(chan struct{}), t: t, id: atoll.UUID{1}, log: slog.New(slog.DiscardHandler)}
+	c.Memory = catalog.NewMemory(catalog.MemoryOptions{Delay: func(string) time.Duration { return time.Duration(c.slow.Load()) }})
 	if testing.Verbose() {
 		c.log = slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelInfo}))
 	}
@@ -100,9 +104,56 @@ func (c *Cluster) report(m *member) {
 }
 
 func (c *Cluster) start(m *member) {
-	n, err := node.Open(node.Options{FS: m.disk.Load(), Cluster: c.id, Node: m.id, NoPrewrite: true, Log: c.log})
+	n, err := node.Open(node.Options{FS: m.disk.Load(), Cluster: c.id, Node: m.id, NoPrewrite: true, Limit: c.limit, Log: c.log})
 	c.must("open node", err)
 	m.node.Store(n)
+}
+
+// Limit restarts all nodes as if their disks had so many bytes, and has them
+// report to the catalog how full they are, ten times a second.
+func (c *Cluster) Limit(bytes int64) {
+	c.limit = bytes
+	for _, m := range c.nodes {
+		c.Kill(m.id)
+		c.start(m)
+	}
+	c.wg.Go(func() {
+		t := time.NewTicker(100 * time.Millisecond)
+		defer t.Stop()
+		for {
+			c.reportAll()
+			select {
+			case <-t.C:
+			case <-c.stop:
+				return
+			}
+		}
+	})
+}
+
+func (c *Cluster) reportAll() {
+	for _, m := range c.nodes {
+		n := m.node.Load()
+		if n == nil {
+			continue
+		}
+		if st, err := n.Stat(context.Background()); err == nil {
+			_ = c.admin.ReportNode(context.Background(), c.session, m.id, catalog.NodeReport{Total: st.Total, Free: st.Free, Full: st.Full})
+		}
+	}
+}
+
+// SlowCatalog makes every message to and from the catalog take so long.
+func (c *Cluster) SlowCatalog(d time.Duration) { c.slow.Store(int64(d)) }
+
+// Used returns how much of the fullest node's space is in use, 0 to 1.
+func (c *Cluster) Used() (most float64) {
+	for _, m := range c.nodes {
+		if st, err := m.node.Load().Stat(context.Background()); err == nil {
+			most = max(most, 1-float64(st.Free)/float64(st.Total))
+		}
+	}
+	return most
 }
 
 func (c *Cluster) member(id atoll.NodeID) *member {
@@ -191,6 +242,9 @@ func (c *Cluster) NewSession() {
 
 // Close ends owners and nodes.
 func (c *Cluster) Close() {
+	if c.session != nil {
+		close(c.stop)
+	}
 	for _, o := range c.owners {
 		o.Close()
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/atollstore/atoll/internal/atoll"
@@ -24,24 +25,36 @@ const (
 
 // recover loads the root and replays the log behind it.
 func (v *Volume) recover(ctx context.Context, size int64) error {
+	st := v.store.State()
+	v.hist.parent = st.CurParent
 	t := newTree(uint64(size / atoll.BlockSize))
 	if root := v.store.Root(); len(root) > 0 {
 		r, top, err := decodeRoot(root)
 		if err != nil {
 			return err
 		}
-		if r.Medium != v.id {
+		if r.Medium == v.id {
+			v.hist.event = r.Event
+		} else if !slices.ContainsFunc(st.Ancestors, func(a catalog.Ancestor) bool { return a.Medium == r.Medium }) {
+			// A clone begins with a root of its parent's.
 			return fmt.Errorf("the root is that of medium %v: %w", r.Medium, atoll.ErrCorrupt)
 		}
+		r.Flat = r.Flat && r.Medium == v.id
 		size = r.Size
-		t.top, t.epoch = top, r.Epoch+1
-		t.resize(uint64(size / atoll.BlockSize))
-		v.mapped.Store(r.Mapped)
+		t.adopt(r, top)
+		v.durable.Store(&rooted{info: r, tops: top})
 	} else if err := CheckSize(size); err != nil {
 		return err
 	}
+	for i := range st.Versions {
+		t.epoch = max(t.epoch, st.Versions[i].Epoch+1)
+	}
+	t.led.own, t.led.held = v.base, v.horizon(&st, st.CurParent)
 	v.size.Store(size)
 	v.pages = newPageMap(v.store, v.opts.MapBytes, t)
+	if _, view := v.store.(viewStore); view {
+		return nil
+	}
 	begun, records := time.Now(), 0
 	err := v.store.Replay(ctx, func(r medium.Record) error {
 		records++
@@ -88,6 +101,8 @@ func (v *Volume) replay(ctx context.Context, r medium.Record) error {
 		}
 		v.size.Store(size)
 		v.pages.resize(old, size)
+	case kindSnapshot, kindRestore:
+		return v.replayEvent(ctx, r)
 	default:
 		return fmt.Errorf("record of kind %d at %d:%d: %w", r.Kind, r.Seg, r.Block, atoll.ErrVersion)
 	}
@@ -144,12 +159,22 @@ func (v *Volume) checkpoints() {
 }
 
 // checkpointDue bounds what checkpoints write by an eighth of the log, unless
-// the map does not fit in memory otherwise.
+// the map does not fit in memory otherwise, space is short, or much waits for
+// one to be reclaimed.
 func (v *Volume) checkpointDue() bool {
 	v.pages.mu.Lock()
 	dirty, crowded := v.pages.t.dirtyBytes(), v.pages.t.crowded(v.pages.limit)
 	v.pages.mu.Unlock()
-	return crowded || v.logBytes.Load() > max(v.opts.CheckpointBytes, 8*dirty)
+	logged, limit := v.logBytes.Load(), max(v.opts.CheckpointBytes, 8*dirty)
+	switch {
+	case v.reclaim.short.Load():
+		limit = shortBytes
+	case v.reclaim.urgent.Load():
+		limit = min(limit, max(urgentBytes, 2*dirty))
+	case v.store.Waiting() > v.opts.CheckpointBytes:
+		limit = 0
+	}
+	return crowded || logged > limit
 }
 
 // Checkpoint makes the present map the one that the next Open begins with, so
@@ -170,58 +195,183 @@ func (v *Volume) lockCheckpoint(ctx context.Context) error {
 	}
 }
 
+// errYield ends a checkpoint to let a backup in.
+var errYield = errors.New("a backup wants to go first")
+
+// yield returns errYield when a backup waits for a checkpoint to end.
+func (v *Volume) yield() error {
+	if v.hist.waiting.Load() > 0 {
+		return errYield
+	}
+	return nil
+}
+
+// checkpoint writes one, after the backups that come in between.
 func (v *Volume) checkpoint(ctx context.Context) error {
+	for {
+		err := v.tryCheckpoint(ctx)
+		if err != errYield {
+			return err
+		}
+		if err := v.hist.pass(ctx); err != nil {
+			return err
+		}
+	}
+}
+
+func (v *Volume) tryCheckpoint(ctx context.Context) error {
 	if err := v.lockCheckpoint(ctx); err != nil {
 		return err
 	}
 	defer func() { <-v.ckpt }()
+	return v.checkpointLocked(ctx, v.yield)
+}
+
+// checkpointLocked writes a checkpoint, unless stop ends it. The token is held.
+func (v *Volume) checkpointLocked(ctx context.Context, stop func() error) error {
+	if stop != nil {
+		if err := stop(); err != nil {
+			return err
+		}
+	}
 	begun, logged := time.Now(), v.logBytes.Load()
-	mark := v.store.Mark()
-	// What was in the log before the mark must be in the map (V2).
-	if err := v.gate.drain(ctx); err != nil {
+	ver, mark, err := v.freeze(ctx, nil)
+	if err != nil {
 		return err
 	}
-	m := v.pages
-	m.mu.Lock()
-	ver := m.t.freeze(v.size.Load())
-	m.mu.Unlock()
-	err := v.writeVersion(ctx, ver)
-	if err != nil {
-		m.mu.Lock()
-		m.t.abandon(ver)
-		m.mu.Unlock()
+	write := func() error { return v.writeVersion(ctx, ver, stop) }
+	if err := v.untilSpace(ctx, write(), write); err != nil {
+		v.abandon(ver)
+		if err == errYield {
+			return err
+		}
 		return fmt.Errorf("checkpoint volume %v: %w", v.id, err)
 	}
-	err = v.store.Checkpoint(ctx, mark, v.rootOf(ver))
-	m.mu.Lock()
-	m.t.finish(ver)
-	m.t.evict(m.limit)
-	m.mu.Unlock()
+	commit := func() error {
+		return v.commit(ctx, medium.Commit{Mark: mark, Root: v.rootOf(ver, v.hist.lastEvent())}, ver.led, nil)
+	}
+	err = v.untilSpace(ctx, commit(), commit)
+	v.finish(ver, err == nil)
 	if err != nil {
 		// The map's pages have their new places whichever root stands; only
 		// the log must be kept.
 		return fmt.Errorf("checkpoint volume %v: %w", v.id, err)
 	}
-	v.logBytes.Add(-logged)
-	v.stats.checkpoints.Add(1)
-	v.opts.Metrics.checkpointed(time.Since(begun))
-	v.log.DebugContext(ctx, "map checkpoint written", "dur", time.Since(begun))
+	v.checkpointed(begun, logged)
 	return nil
 }
 
-// rootOf gives the version's ledger to the medium (V3) and returns its root.
-func (v *Volume) rootOf(ver *version) []byte {
-	ver.led.each(v.store.Live)
-	mapped := v.mapped.Add(ver.led.mapped)
-	return encodeRoot(rootInfo{Medium: v.id, Size: ver.size, Epoch: ver.epoch, Mapped: mapped}, ver.top)
+// freeze takes a mark and fixes the map as it is then or a little later. With
+// doom, which tells what the version above the present state's own has, what
+// that own one alone holds is counted apart from then on. The checkpoint token
+// is held.
+func (v *Volume) freeze(ctx context.Context, doom *horizon) (*version, medium.Mark, error) {
+	mark := v.store.Mark()
+	// What was in the log before the mark must be in the map (V2).
+	if err := v.gate.drain(ctx); err != nil {
+		return nil, mark, err
+	}
+	v.pages.mu.Lock()
+	defer v.pages.mu.Unlock()
+	ver := v.pages.t.freeze(v.size.Load())
+	if doom != nil {
+		v.pages.t.led.sentence(*doom)
+	}
+	return ver, mark, nil
 }
 
-// writeVersion writes the dirty leaves of a version, then its dirty nodes.
-func (v *Volume) writeVersion(ctx context.Context, ver *version) error {
+func (v *Volume) abandon(ver *version) {
+	v.pages.mu.Lock()
+	ver.t.abandon(ver)
+	v.pages.mu.Unlock()
+}
+
+// finish ends the life of a frozen version that was written as a whole.
+func (v *Volume) finish(ver *version, root bool) {
+	m := v.pages
+	m.mu.Lock()
+	ver.t.finish(ver, root)
+	m.t.evict(m.limit)
+	m.mu.Unlock()
+}
+
+// checkpointed notes that replay begins anew at what was logged then.
+func (v *Volume) checkpointed(begun time.Time, logged int64) {
+	v.logBytes.Add(-logged)
+	v.hist.doubt.Store(false)
+	v.stats.checkpoints.Add(1)
+	v.opts.Metrics.checkpointed(time.Since(begun))
+	v.log.DebugContext(v.ctx, "map checkpoint written", "dur", time.Since(begun))
+	v.kickReclaim()
+}
+
+func (v *Volume) lockCommit(ctx context.Context) error {
+	select {
+	case v.commits <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("wait for a manifest: %w: %w", atoll.ErrTimeout, ctx.Err())
+	}
+}
+
+func (v *Volume) unlockCommit() { <-v.commits }
+
+// commit gives the changes of live counts to the medium, those of the new root
+// and those of the versions that go, and changes the manifest (V3). One at a
+// time, so that outside of it the medium's counts are those of its manifest.
+// After an error they are again.
+func (v *Volume) commit(ctx context.Context, c medium.Commit, led, frees *ledger) error {
+	if err := v.lockCommit(ctx); err != nil {
+		return err
+	}
+	defer v.unlockCommit()
+	sum := newLedger()
+	if led != nil {
+		sum.fold(led)
+	}
+	if frees != nil {
+		frees.each(func(o atoll.Ordinal, d int) { sum.blocks(o, -d) })
+	}
+	sum.each(v.store.Live)
+	err := v.store.Commit(ctx, c)
+	if err != nil {
+		sum.each(func(o atoll.Ordinal, d int) { v.store.Live(o, -d) })
+		return err
+	}
+	if len(c.Root) > 0 {
+		if r, err := parseRooted(v.pages, c.Root); err == nil {
+			v.durable.Store(r)
+		}
+	}
+	return nil
+}
+
+// rootOf returns the root of a version that was written as a whole and has the
+// effect of the events up to the given one.
+func (v *Volume) rootOf(ver *version, event uint64) []byte {
+	for ni := range ver.top {
+		if ver.flat && ver.top[ni].loc != 0 && ver.top[ni].loc.Ordinal() < v.base {
+			panic(fmt.Sprintf("flat %d %v %v dirty %v", ni, ver.top[ni].loc, v.base, ver.top[ni].node))
+		}
+	}
+	return encodeRoot(rootInfo{
+		Medium: v.id, Size: ver.size, Epoch: ver.epoch, Mapped: ver.mapped + ver.led.mapped, Event: event, Flat: ver.flat,
+	}, ver.top)
+}
+
+// writeVersion writes the dirty leaves of a version, then its dirty nodes. It
+// ends with the error of stop, which it asks now and then, if that is not nil.
+// It may be called again after an error.
+func (v *Volume) writeVersion(ctx context.Context, ver *version, stop func() error) error {
 	w := mapWriter{v: v, ver: ver, entry: v.store.NewEntry()}
 	batch := make([]uint32, 0, leafBatch)
 	for li, ok := ver.first(v.pages); ok; {
 		batch = batch[:0]
+		if stop != nil {
+			if err := stop(); err != nil {
+				return err
+			}
+		}
 		v.pages.mu.Lock()
 		for next := li; ok && len(batch) < leafBatch; next = li + 1 {
 			if li, ok = ver.nextDirty(next); ok {
@@ -307,7 +457,7 @@ func (w *mapWriter) leaves(ctx context.Context, batch []uint32) error {
 		if r := recs[i]; r >= 0 {
 			loc = m.location(w.entry.Seg().Ordinal, w.entry.Block(r), w.entry.CRC(r), leafKey|uint64(li))
 		}
-		m.t.leafWritten(w.ver, li, loc)
+		w.ver.t.leafWritten(w.ver, li, loc)
 	}
 	if m.t.mem > m.limit {
 		m.t.evict(m.limit)
@@ -332,7 +482,7 @@ func (w *mapWriter) complete(ctx context.Context, li uint32) error {
 	base := decodeLeaf(buf.Bytes())
 	buf.Release()
 	m.mu.Lock()
-	m.t.mergeFrozen(w.ver, li, base)
+	w.ver.t.mergeFrozen(w.ver, li, base)
 	m.mu.Unlock()
 	return nil
 }
@@ -360,7 +510,7 @@ func (w *mapWriter) nodes(ctx context.Context, batch []uint32) error {
 	defer m.mu.Unlock()
 	for i, ni := range batch {
 		loc := m.location(w.entry.Seg().Ordinal, w.entry.Block(i), w.entry.CRC(i*nodeBlocks), nodeKey|uint64(ni))
-		m.t.nodeWritten(w.ver, ni, loc)
+		w.ver.t.nodeWritten(w.ver, ni, loc)
 	}
 	return nil
 }

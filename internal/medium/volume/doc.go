@@ -27,7 +27,24 @@
 //
 // The map is frozen as a version, what changed is written to the bulk lane, and
 // the root goes to the medium, while writes go on: what they change is copied
-// first. A version shares all else, so a snapshot can be one later.
+// first. A version shares all else.
+//
+// # Versions
+//
+// A backup lets nothing be between log and map for a moment, appends one record,
+// freezes the map and goes on; the map is written and the version entered into
+// the manifest in the background (it settles). A restore is the same with
+// another map afterwards; the state before stays as a hidden version until it is
+// reaped. Replay meets the record of what was not settled and does it again.
+//
+// Versions and the present state form a tree. A block is born at its place in
+// the log (a page of the map: at its epoch) and is in a connected part of that
+// tree, which is all that is needed to tell what lives: what the present state
+// overwrites stays live if it is older than the version that this grew from;
+// what a version has alone is found by walking its map beside those of its
+// children; and a compacted segment's blocks are looked up in the few versions
+// that are young enough for them and grew from one that is too old. There are no
+// reference counts and no lists of the dead.
 //
 // # Invariants
 //
@@ -40,6 +57,14 @@
 //	V5  A flush returns nil only when every write acknowledged before it is in
 //	    the log. A flush that failed never turns into one that did not, unless
 //	    the pages are kept and were written after all (no space, busy).
+//	V6  At most one event (backup, restore) is in the log and not in a manifest,
+//	    and none after one of which that is not known: a checkpoint comes first.
+//	V7  A version goes only when it is marked in a durable manifest, nothing pins
+//	    or reads it, and at most one line goes on from it: two could share what
+//	    no common version has.
+//	V8  While the version that the present state grew from is removed, what the
+//	    present state lets go of counts as freed only if the removal succeeds.
+//	V9  Outside of a commit the medium's counts are those of its manifest.
 //
 // A leaf whose pages are one run could collapse into its node's entry. It does
 // not: the run would lose the pages' check bits, and since batch headers
@@ -47,6 +72,8 @@
 //
 // # Locks
 //
-// Range lock, then flush state (writeback.mu), then map (pageMap.mu), then a
-// cache shard; the last three are held for memory work only.
+// Event token (history.sem), checkpoint token, range lock, gates, commit token;
+// then, for memory work only: history.mu, flush state (writeback.mu), map
+// (pageMap.mu), a cache shard. Events of several volumes take them in the order
+// of the media's ids.
 package volume

@@ -17,13 +17,16 @@ import (
 //	18 resize     new size, bytes  0              none
 //	19 map leaf   number of leaf   birth epoch    1 block
 //	20 map node   number of node   birth epoch    2 blocks
-//	21 snapshot   reserved
+//	21 snapshot   number           0              1 block: event
+//	22 restore    number           target         1 block: event
 const (
 	kindData segment.Kind = 16 + iota
 	kindDiscard
 	kindResize
 	kindLeaf
 	kindNode
+	kindSnapshot
+	kindRestore
 )
 
 // A map leaf is one block: 512 locations of 8 bytes, little-endian, 0 for a
@@ -50,7 +53,8 @@ const (
 //
 //	 0  4  magic "ATVR"
 //	 4  1  version (1)
-//	 5  3  0
+//	 5  1  1 when the map names no block of an ancestor, though there are some
+//	 6  2  0
 //	 8  8  medium
 //	16  8  size of the volume in bytes
 //	24  4  epoch of the map
@@ -58,9 +62,30 @@ const (
 //	32  8  mapped pages
 //	40  4  number of top entries that are not 0
 //	44  4  CRC32C of the root, this field taken as zero
-//	48 16  0
+//	48  8  number of the last version whose record the map has the effect of
+//	56  8  0
 //	64     a bit per top entry, set when it is not 0, padded to whole bytes
 //	 …     for each set bit: location of the node (8), epoch of its change (4)
+//
+// The payload of a snapshot or restore record is one block, little-endian:
+//
+//	 0  4  magic "ATVE"
+//	 4  1  version (1)
+//	 5  1  0
+//	 6  2  flags of the version
+//	 8  8  medium
+//	16  8  number of the version that keeps the state at the record
+//	24  8  number of the version that this state grew from, 0 for none
+//	32  8  time, nanoseconds since 1970
+//	40  8  restore: number of the version that is the state after the record
+//	48  8  size of the volume at the record, in bytes
+//	56  4  CRC32C of the block, this field taken as zero
+//	60  2  length of the name
+//	62  2  length of the memo
+//	64  2  number of properties
+//	66  2  0
+//	68     name, memo, then for each property in order of its key: length of
+//	       the key (2), length of the value (2), key, value
 const (
 	magicNode     = 0x4e565441 // "ATVN"
 	magicRoot     = 0x52565441 // "ATVR"
@@ -130,6 +155,8 @@ type rootInfo struct {
 	Size   int64
 	Epoch  uint32
 	Mapped int64
+	Event  uint64 // last version whose record the map has the effect of
+	Flat   bool   // no block of an ancestor is named
 }
 
 // encodeRoot returns the root of a version.
@@ -144,12 +171,16 @@ func encodeRoot(r rootInfo, top []topEntry) []byte {
 	p := make([]byte, rootFixed+marks+set*rootEntry)
 	le.PutUint32(p, magicRoot)
 	p[4] = formatVersion
+	if r.Flat {
+		p[5] = 1
+	}
 	le.PutUint64(p[8:], uint64(r.Medium))
 	le.PutUint64(p[16:], uint64(r.Size))
 	le.PutUint32(p[24:], r.Epoch)
 	le.PutUint32(p[28:], uint32(len(top)))
 	le.PutUint64(p[32:], uint64(r.Mapped))
 	le.PutUint32(p[40:], uint32(set))
+	le.PutUint64(p[48:], r.Event)
 	q := p[rootFixed+marks:]
 	for i := range top {
 		if top[i].loc != 0 {
@@ -179,7 +210,10 @@ func decodeRoot(p []byte) (rootInfo, []topEntry, error) {
 	if p[4] != formatVersion {
 		return rootInfo{}, nil, fmt.Errorf("parse volume root: version %d, this program knows %d: %w", p[4], formatVersion, atoll.ErrVersion)
 	}
-	r := rootInfo{atoll.MediumID(le.Uint64(p[8:])), int64(le.Uint64(p[16:])), le.Uint32(p[24:]), int64(le.Uint64(p[32:]))}
+	r := rootInfo{
+		Medium: atoll.MediumID(le.Uint64(p[8:])), Size: int64(le.Uint64(p[16:])), Epoch: le.Uint32(p[24:]),
+		Mapped: int64(le.Uint64(p[32:])), Event: le.Uint64(p[48:]), Flat: p[5] == 1,
+	}
 	n, set := int(le.Uint32(p[28:])), int(le.Uint32(p[40:]))
 	marks := (n + 7) / 8
 	if n > maxTop || set > n || len(p) != rootFixed+marks+set*rootEntry || CheckSize(r.Size) != nil {

@@ -47,7 +47,7 @@ func (v *Volume) Stats() Stats {
 	}
 	v.pages.mu.Lock()
 	s.MapBytes, s.MapLoads = v.pages.t.mem, v.pages.loads
-	s.MappedBlocks = v.mapped.Load() + v.pages.t.led.mapped
+	s.MappedBlocks = v.pages.t.mapped + v.pages.t.led.mapped
 	if f := v.pages.t.frozen; f != nil {
 		s.MappedBlocks += f.mapped
 	}

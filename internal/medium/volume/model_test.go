@@ -282,7 +282,7 @@ func TestWrongBlockIsFound(t *testing.T) {
 	p := bytes.Repeat([]byte{1}, 8192)
 	p[4096] = 2
 	no(t, v.Write(t.Context(), nil, p, 0, false))
-	g := s.segs[1].data
+	g := s.disk.segs[1].data
 	a, b := bytes.Clone(g[4096:8192]), bytes.Clone(g[8192:12288])
 	copy(g[4096:], b)
 	copy(g[8192:], a)

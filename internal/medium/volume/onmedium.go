@@ -29,3 +29,15 @@ func (s onMedium) Submit(ctx context.Context, lane catalog.Lane, e Entry) error 
 	}
 	return s.Medium.Submit(ctx, lane, se)
 }
+
+// AppendMark implements Store.
+func (s onMedium) AppendMark(ctx context.Context, e Entry) (medium.Mark, error) {
+	se, ok := e.(*stream.Entry)
+	if !ok {
+		return medium.Mark{}, fmt.Errorf("append a mark of type %T: %w", e, atoll.ErrInvalid)
+	}
+	return s.Medium.AppendMark(ctx, se)
+}
+
+// LiveBytes returns the bytes that the medium counts as referenced.
+func (s onMedium) LiveBytes() int64 { return s.Medium.Stats().Live }

@@ -14,9 +14,10 @@ import (
 // pageMap is the tree with its lock and the loading of what is not in memory.
 // The lock is held for memory work only.
 type pageMap struct {
-	store  Store
+	store  Reader
 	medium atoll.MediumID
-	limit  int64 // bytes of leaves to keep
+	base   atoll.Ordinal // first own; lower ones are ancestors'
+	limit  int64         // bytes of leaves to keep
 
 	mu      sync.Mutex
 	t       *tree
@@ -27,8 +28,9 @@ type pageMap struct {
 // minMapBytes keeps room for the leaves that are being looked at.
 const minMapBytes = 512 << 10
 
-func newPageMap(s Store, limit int64, t *tree) *pageMap {
-	return &pageMap{store: s, medium: s.Info().ID, limit: max(limit, minMapBytes), t: t, loading: make(map[want]chan struct{})}
+func newPageMap(s Reader, limit int64, t *tree) *pageMap {
+	info := s.Info()
+	return &pageMap{store: s, medium: info.ID, base: info.Base(), limit: max(limit, minMapBytes), t: t, loading: make(map[want]chan struct{})}
 }
 
 // lookup fills out with the locations of the pages from p on.
@@ -61,6 +63,13 @@ func (m *pageMap) prepare(ctx context.Context, p pageNo, n uint64) error {
 			return err
 		}
 	}
+}
+
+// ready reports whether put and clear have what they need for [p, p+n).
+func (m *pageMap) ready(p pageNo, n uint64) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.t.needNodes(p, n).none()
 }
 
 // put records locations. The range must have been prepared.
@@ -120,10 +129,14 @@ func (m *pageMap) load(ctx context.Context, w want) error {
 // wanted reports whether w still is what a lookup would ask for.
 func (m *pageMap) wanted(w want) bool {
 	if w.node {
+		if int(w.idx) >= len(m.t.top) {
+			return false
+		}
 		e := m.t.top[w.idx]
 		return e.node == nil && e.loc == w.loc
 	}
-	return m.t.top[w.idx>>leafBits].node.locs[w.idx&(fan-1)] == w.loc
+	nd := m.t.nodeAt(int(w.idx >> leafBits))
+	return nd != nil && nd.locs[w.idx&(fan-1)] == w.loc
 }
 
 func (m *pageMap) install(w want, p []byte) error {
@@ -134,7 +147,7 @@ func (m *pageMap) install(w want, p []byte) error {
 		m.t.installLeaf(w.idx, w.loc, decodeLeaf(p))
 		return nil
 	}
-	nd, err := decodeNode(p, m.medium, w.idx)
+	nd, err := decodeNode(p, m.owner(w.loc), w.idx)
 	if err != nil {
 		return err
 	}
@@ -150,7 +163,7 @@ func (m *pageMap) fetch(ctx context.Context, w want) (*host.Buffer, error) {
 	}
 	buf := host.Alloc(n * atoll.BlockSize)
 	err := m.store.Read(ctx, w.loc.Ordinal(), w.loc.Block(), buf.Bytes())
-	if err == nil && checkBits(segment.CRC(buf.Bytes()[:atoll.BlockSize]), m.medium, key|uint64(w.idx)) != w.loc.Check() {
+	if err == nil && checkBits(segment.CRC(buf.Bytes()[:atoll.BlockSize]), m.owner(w.loc), key|uint64(w.idx)) != w.loc.Check() {
 		err = atoll.ErrCorrupt
 	}
 	if err != nil {
@@ -163,6 +176,15 @@ func (m *pageMap) fetch(ctx context.Context, w want) (*host.Buffer, error) {
 // location builds the location of a block whose checksum is known.
 func (m *pageMap) location(o atoll.Ordinal, b atoll.BlockNo, crc uint32, key uint64) atoll.Location {
 	return atoll.MakeLocation(o, b, checkBits(crc, m.medium, key))
+}
+
+// owner returns the medium that wrote the block at loc: this one or an ancestor.
+func (m *pageMap) owner(loc atoll.Location) atoll.MediumID {
+	if loc.Ordinal() >= m.base {
+		return m.medium
+	}
+	id, _ := m.store.Ancestor(loc.Ordinal()) // 0, which fits no block, if unknown
+	return id
 }
 
 // moved reports whether an error of Store.Read may come from reading at a

@@ -29,8 +29,18 @@ func (v *Volume) Read(ctx context.Context, p []byte, off int64) error {
 	if err := v.check("read", off, n, false); err != nil || n == 0 {
 		return err
 	}
-	if err := v.readBytes(ctx, p, off); err != nil {
-		return fmt.Errorf("read %d bytes at %d: %w", n, off, err)
+	for again := true; again; {
+		era := v.era.Load()
+		err := v.readBytes(ctx, p, off)
+		again = era != v.era.Load() // a restore came in between: not half of each
+		if err != nil && !again {
+			return fmt.Errorf("read %d bytes at %d: %w", n, off, err)
+		}
+		if again {
+			if err := v.check("read", off, n, false); err != nil {
+				return err
+			}
+		}
 	}
 	v.stats.reads.Add(1)
 	v.stats.readBytes.Add(n)
@@ -102,7 +112,7 @@ func (v *Volume) fill(ctx context.Context, p pageNo, dst []byte, locs []atoll.Lo
 		case done.has(i):
 		case loc == 0:
 			clear(b)
-		case v.cache.get(cacheKey{v.id, loc}, b):
+		case v.cache.get(v.key(loc), b):
 		case n > 0 && runs[n-1].to == i && follows(locs[i-1], loc):
 			runs[n-1].to++
 		default:
@@ -119,6 +129,9 @@ func (v *Volume) fill(ctx context.Context, p pageNo, dst []byte, locs []atoll.Lo
 	}
 	return v.readScattered(ctx, p, dst, locs, runs[:n])
 }
+
+// key names a block in the cache, which ancestors and clones share.
+func (v *Volume) key(loc atoll.Location) cacheKey { return cacheKey{v.pages.owner(loc), loc} }
 
 // follows reports whether b lies just behind a in the log.
 func follows(a, b atoll.Location) bool {
@@ -191,13 +204,14 @@ func (v *Volume) readLog(ctx context.Context, p pageNo, dst []byte, locs []atoll
 		return err
 	}
 	v.stats.blocksRead.Add(int64(len(locs)))
+	owner := v.pages.owner(at)
 	for i, loc := range locs {
 		b := dst[i*atoll.BlockSize:][:atoll.BlockSize]
-		if checkBits(segment.CRC(b), v.id, uint64(p)+uint64(i)) != loc.Check() {
+		if checkBits(segment.CRC(b), owner, uint64(p)+uint64(i)) != loc.Check() {
 			return fmt.Errorf("page %d at %v of the log is not the block that was written there: %w", p+pageNo(i), loc, atoll.ErrCorrupt)
 		}
 		if len(locs) < aheadBig {
-			v.cache.add(cacheKey{v.id, loc}, b, false)
+			v.cache.add(v.key(loc), b, false)
 		}
 	}
 	return nil

@@ -112,7 +112,7 @@ func (v *Volume) prefetch(ctx context.Context, r pageRange) error {
 		}
 		for i := 0; i < n; {
 			j := i
-			for j < n && locs[j] != 0 && (j == i || follows(locs[j-1], locs[j])) && !v.cache.has(cacheKey{v.id, locs[j]}) {
+			for j < n && locs[j] != 0 && (j == i || follows(locs[j-1], locs[j])) && !v.cache.has(v.key(locs[j])) {
 				j++
 			}
 			if j == i {
@@ -137,7 +137,7 @@ func (v *Volume) prefetchRun(ctx context.Context, p pageNo, locs []atoll.Locatio
 		return err
 	}
 	for i, loc := range locs {
-		v.cache.add(cacheKey{v.id, loc}, mem[i*atoll.BlockSize:][:atoll.BlockSize], true)
+		v.cache.add(v.key(loc), mem[i*atoll.BlockSize:][:atoll.BlockSize], true)
 	}
 	v.stats.ahead.Add(int64(len(locs)))
 	return nil

@@ -3,6 +3,7 @@ package volume
 import (
 	"context"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"slices"
 	"sync"
@@ -16,11 +17,12 @@ import (
 )
 
 // memStore is a medium in memory: a log of two lanes in small segments, with
-// live counts and reclaim, that can lose what it has not acknowledged.
+// live counts, versions, reclaim and compaction, that can lose what it has not
+// acknowledged.
 type memStore struct {
 	mu      sync.Mutex
 	info    catalog.Medium
-	segs    map[atoll.Ordinal]*memSegment
+	disk    *memDisk
 	open    [2]atoll.Ordinal
 	next    atoll.Ordinal
 	log     []medium.Record // hot lane, acknowledged or not
@@ -30,25 +32,52 @@ type memStore struct {
 	segSize int
 	rng     *rand.Rand
 	live    map[atoll.Ordinal]int // running
-	saved   memSaved
+	saved   memSaved              // durable
+	man     memSaved              // what this owner knows to be so
+	last    uint64                // number given out
+	pins    map[uint64]int
 	dropped int
+	moves   int
 	lazy    bool // acknowledge only when asked to
 	fail    func(op string) error
 	noCrash bool // keeps no log
 	invalid bool
+	greedy  bool // every segment is a victim
+	used    float64
 }
 
-// memSaved is what a checkpoint makes durable.
+// memDisk is the bytes, which clones read too.
+type memDisk struct {
+	mu    sync.Mutex
+	id    atoll.MediumID
+	segs  map[atoll.Ordinal]*memSegment
+	moved map[atoll.Location]atoll.Location // logical place to where the block is
+	above []*memDisk                        // of the ancestors
+	bases []atoll.Ordinal
+}
+
+// memSaved is what a manifest says.
 type memSaved struct {
-	root []byte
-	mark medium.Mark
-	live map[atoll.Ordinal]int
+	root  []byte
+	mark  medium.Mark
+	live  map[atoll.Ordinal]int
+	state medium.State
+	roots map[uint64][]byte
 }
 
 type memSegment struct {
 	lane   catalog.Lane
 	data   []byte
+	recs   []memPlaced
 	sealed bool
+	gone   bool // compacted: only a name
+}
+
+// memPlaced is a record in a segment; of are the logical places of its blocks.
+type memPlaced struct {
+	rec segment.Record
+	at  atoll.BlockNo
+	of  []atoll.Location
 }
 
 type memEntry struct {
@@ -65,10 +94,29 @@ type memEntry struct {
 }
 
 func newMemStore(size int64, seed uint64) *memStore {
+	id := atoll.MediumID(0x1122334455667788)
 	return &memStore{
-		info: catalog.Medium{ID: 0x1122334455667788, Size: size}, segs: make(map[atoll.Ordinal]*memSegment),
-		next: 1, seq: 1, segSize: 256, rng: rand.New(rand.NewPCG(seed, 7)), live: make(map[atoll.Ordinal]int),
+		info: catalog.Medium{ID: id, Size: size}, disk: &memDisk{id: id, segs: make(map[atoll.Ordinal]*memSegment), moved: make(map[atoll.Location]atoll.Location)},
+		next: 1, seq: 1, segSize: 256, rng: rand.New(rand.NewPCG(seed, 7)), live: make(map[atoll.Ordinal]int), pins: make(map[uint64]int),
 	}
+}
+
+// clone returns the store of a new medium that begins as a version.
+func (s *memStore) clone(number uint64, id atoll.MediumID) *memStore {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	p := s.man.state.Find(number)
+	c := newMemStore(p.Size, uint64(id))
+	c.info.ID, c.disk.id = id, id
+	c.info.Parent = &catalog.Parent{Medium: s.info.ID, Version: number, Base: s.next}
+	c.info.Ancestors = append(slices.Clone(s.info.Ancestors), catalog.Ancestor{Medium: s.info.ID, Version: number, Base: s.next})
+	c.disk.above = append(slices.Clone(s.disk.above), s.disk)
+	c.disk.bases = append(slices.Clone(s.disk.bases), s.next)
+	c.next, c.segSize, c.greedy = s.next, s.segSize, s.greedy
+	c.saved.root = s.man.roots[number]
+	c.man = c.saved
+	s.pins[number]++
+	return c
 }
 
 // crash returns the store as the next owner finds it: what was acknowledged,
@@ -77,15 +125,17 @@ func (s *memStore) crash() *memStore {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	c := &memStore{
-		info: s.info, segs: s.segs, next: s.next, seq: s.seq, segSize: s.segSize, rng: s.rng,
-		saved: s.saved, live: make(map[atoll.Ordinal]int), dropped: s.dropped,
+		info: s.info, disk: s.disk, next: s.next, seq: s.seq, segSize: s.segSize, rng: s.rng, greedy: s.greedy,
+		saved: s.saved, man: s.saved, live: make(map[atoll.Ordinal]int), dropped: s.dropped, moves: s.moves, pins: s.pins, last: s.saved.state.LastNumber,
 	}
 	for o, n := range s.saved.live {
 		c.live[o] = n
 	}
-	for _, g := range s.segs {
+	s.disk.mu.Lock()
+	for _, g := range s.disk.segs {
 		g.sealed = true
 	}
+	s.disk.mu.Unlock()
 	keep := s.acked
 	if n := len(s.log) - s.acked; n > 0 {
 		keep += s.rng.IntN(n + 1)
@@ -105,7 +155,7 @@ func (s *memStore) crash() *memStore {
 
 func (s *memStore) Info() catalog.Medium { s.mu.Lock(); defer s.mu.Unlock(); return s.info }
 func (s *memStore) Valid() bool          { s.mu.Lock(); defer s.mu.Unlock(); return !s.invalid }
-func (s *memStore) Root() []byte         { return s.saved.root }
+func (s *memStore) Root() []byte         { return s.man.root }
 
 func (s *memStore) Update(_ context.Context, change func(*catalog.Medium)) error {
 	s.mu.Lock()
@@ -129,63 +179,401 @@ func (s *memStore) Replay(_ context.Context, fn func(medium.Record) error) error
 func (s *memStore) Mark() medium.Mark {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return medium.Mark{Seq: s.seq, Ordinal: s.next}
+	return s.mark()
 }
 
-func (s *memStore) Checkpoint(_ context.Context, mark medium.Mark, root []byte) error {
+func (s *memStore) mark() medium.Mark {
+	m := medium.Mark{Seq: s.seq, Ordinal: s.next, Bulk: s.next}
+	s.disk.mu.Lock()
+	defer s.disk.mu.Unlock()
+	if g := s.disk.segs[s.open[catalog.Hot]]; g != nil && !g.sealed {
+		m.Ordinal, m.Block = s.open[catalog.Hot], atoll.BlockNo(len(g.data)/atoll.BlockSize)
+	}
+	if g := s.disk.segs[s.open[catalog.Bulk]]; g != nil && !g.sealed {
+		m.Bulk = s.open[catalog.Bulk]
+	}
+	return m
+}
+
+func (s *memStore) MarkAt(r medium.Record) medium.Mark {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	return medium.Mark{Ordinal: r.Seg, Block: r.Batch, Seq: r.Seq, Bulk: s.mark().Bulk}
+}
+
+func (s *memStore) AppendMark(ctx context.Context, e Entry) (medium.Mark, error) {
+	bulk := s.Mark().Bulk
+	if err := s.failure("mark"); err != nil {
+		return medium.Mark{}, err
+	}
+	if err := s.Submit(ctx, catalog.Hot, e); err != nil {
+		return medium.Mark{}, err
+	}
+	if err := e.Wait(ctx); err != nil {
+		return medium.Mark{}, err
+	}
+	me := e.(*memEntry)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.noCrash {
+		return medium.Mark{Ordinal: me.seg, Block: me.header, Seq: s.seq, Bulk: bulk}, nil
+	}
+	m := medium.Mark{Ordinal: me.seg, Block: me.header, Seq: s.log[me.logEnd-1].Seq, Bulk: bulk}
 	if s.fail != nil {
-		if err := s.fail("checkpoint"); err != nil {
+		return m, s.fail("marked")
+	}
+	return m, nil
+}
+
+func (s *memStore) failure(op string) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.fail == nil {
+		return nil
+	}
+	return s.fail(op)
+}
+
+// Commit fails with "checkpoint" or "commit" before anything happened, or with
+// "committed" when it is durable and this owner does not get to know.
+func (s *memStore) Commit(_ context.Context, c medium.Commit) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	op := "checkpoint"
+	if c.Mark.Seq == 0 {
+		op = "commit"
+	}
+	if s.fail != nil {
+		if err := s.fail(op); err != nil {
 			return err
 		}
 	}
-	live := make(map[atoll.Ordinal]int)
-	for o, n := range s.live {
-		if n < 0 {
-			panic(fmt.Sprintf("segment %d has %d live blocks", o, n))
+	m := s.man.copy()
+	if c.Mark.Seq != 0 {
+		if c.Mark.Seq < m.mark.Seq {
+			panic("the mark goes back")
 		}
-		if n > 0 {
-			live[o] = n
+		m.mark, m.root = c.Mark, slices.Clone(c.Root)
+	}
+	for _, v := range c.Add {
+		if m.state.Find(v.Number) != nil {
+			return atoll.ErrExist
+		}
+		m.state.Versions = append(m.state.Versions, v.Version)
+		slices.SortFunc(m.state.Versions, func(a, b medium.Version) int { return int(a.Number) - int(b.Number) })
+		m.state.LastNumber = max(m.state.LastNumber, v.Number)
+		m.roots[v.Number] = slices.Clone(v.RootBytes)
+	}
+	for _, n := range c.Remove {
+		if m.state.Find(n) == nil {
+			return atoll.ErrNotExist
+		}
+		if s.pins[n] > 0 {
+			panic("a pinned version is removed")
+		}
+		dropVersion(&m.state, n)
+		delete(m.roots, n)
+	}
+	if c.Change != nil {
+		c.Change(&m.state)
+	}
+	return s.manifest(m, c.Mark.Seq != 0 || len(c.Add)+len(c.Remove) > 0)
+}
+
+func (m *memSaved) copy() memSaved {
+	c := *m
+	c.state.Versions, c.roots = slices.Clone(m.state.Versions), maps.Clone(m.roots)
+	if c.roots == nil {
+		c.roots = make(map[uint64][]byte)
+	}
+	return c
+}
+
+// manifest makes m what is so.
+func (s *memStore) manifest(m memSaved, count bool) error {
+	m.state.LastNumber = max(m.state.LastNumber, s.last)
+	if count {
+		m.live = make(map[atoll.Ordinal]int)
+		for o, n := range s.live {
+			if n > 0 {
+				m.live[o] = n
+			}
 		}
 	}
-	s.saved = memSaved{slices.Clone(root), mark, live}
-	for o, g := range s.segs {
-		if g.sealed && o < mark.Ordinal && live[o] == 0 {
-			delete(s.segs, o)
+	s.saved = m
+	if s.fail != nil {
+		if err := s.fail("committed"); err != nil {
+			return err
+		}
+	}
+	s.man = m
+	s.drop()
+	return nil
+}
+
+// drop removes the segments that nothing uses.
+func (s *memStore) drop() {
+	d := s.disk
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	dead := func(o atoll.Ordinal) bool { return s.man.live[o] == 0 && s.live[o] == 0 }
+	holds := make(map[atoll.Ordinal]bool)
+	for from, to := range d.moved {
+		if dead(from.Ordinal()) {
+			delete(d.moved, from)
+		} else {
+			holds[to.Ordinal()] = true
+		}
+	}
+	for o, g := range d.segs {
+		limit := s.man.mark.Ordinal
+		if g.lane == catalog.Bulk {
+			limit = s.man.mark.Bulk
+		}
+		if g.sealed && o < limit && dead(o) && !holds[o] {
+			delete(d.segs, o)
 			s.dropped++
 		}
 	}
+}
+
+func (s *memStore) Edit(_ context.Context, change func(*medium.State) error) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.fail != nil {
+		if err := s.fail("edit"); err != nil {
+			return err
+		}
+	}
+	m := s.man.copy()
+	if err := change(&m.state); err != nil {
+		return err
+	}
+	return s.manifest(m, false)
+}
+
+func (s *memStore) State() medium.State {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	st := s.man.state
+	st.Versions, st.Ancestors = slices.Clone(st.Versions), slices.Clone(s.info.Ancestors)
+	return st
+}
+
+func (s *memStore) ReadRoot(_ context.Context, n uint64) ([]byte, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if r := s.man.roots[n]; r != nil {
+		return r, nil
+	}
+	return nil, fmt.Errorf("root of version %d: %w", n, atoll.ErrNotExist)
+}
+
+func (s *memStore) NewVersionNumber() uint64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.last = max(s.last, s.man.state.LastNumber) + 1
+	return s.last
+}
+
+func (s *memStore) UseVersionNumber(n uint64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.last = max(s.last, n)
+}
+
+func (s *memStore) Pins(context.Context) (map[uint64]int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return maps.Clone(s.pins), nil
+}
+
+func (s *memStore) Detach(context.Context) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.info.Ancestors = nil
+	s.disk.above, s.disk.bases = nil, nil
 	return nil
 }
 
 func (s *memStore) Live(o atoll.Ordinal, delta int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.live[o] += delta
+	if o < s.info.Base() {
+		panic("an ancestor's segment is counted")
+	}
+	if s.live[o] += delta; s.live[o] < 0 {
+		panic(fmt.Sprintf("segment %d has %d live blocks", o, s.live[o]))
+	}
 }
 
 func (s *memStore) LiveBlocks(o atoll.Ordinal) (int, bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.live[o], s.segs[o] != nil
+	s.disk.mu.Lock()
+	defer s.disk.mu.Unlock()
+	return s.live[o], s.disk.segs[o] != nil
+}
+
+func (s *memStore) LiveBytes() (sum int64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, n := range s.live {
+		sum += int64(n) * atoll.BlockSize
+	}
+	return sum
+}
+
+func (s *memStore) Ancestor(o atoll.Ordinal) (atoll.MediumID, bool) {
+	s.disk.mu.Lock()
+	defer s.disk.mu.Unlock()
+	for i, base := range s.disk.bases {
+		if o < base {
+			return s.disk.above[i].id, true
+		}
+	}
+	return s.disk.id, true
 }
 
 func (s *memStore) Read(_ context.Context, o atoll.Ordinal, b atoll.BlockNo, dst []byte) error {
+	if err := s.failure("read"); err != nil {
+		return err
+	}
+	return s.disk.read(o, b, dst)
+}
+
+func (d *memDisk) read(o atoll.Ordinal, b atoll.BlockNo, dst []byte) error {
+	d.mu.Lock()
+	for i, base := range d.bases {
+		if o < base {
+			up := d.above[i]
+			d.mu.Unlock()
+			return up.read(o, b, dst)
+		}
+	}
+	defer d.mu.Unlock()
+	for len(dst) > 0 {
+		at := atoll.MakeLocation(o, b, 0)
+		if to, ok := d.moved[at]; ok {
+			at = to
+		}
+		g := d.segs[at.Ordinal()]
+		if g == nil || g.gone || at.Block().Bytes()+atoll.BlockSize > int64(len(g.data)) {
+			return fmt.Errorf("read %d:%d: %w", o, b, atoll.ErrNotExist)
+		}
+		copy(dst[:atoll.BlockSize], g.data[at.Block().Bytes():])
+		dst, b = dst[atoll.BlockSize:], b+1
+	}
+	return nil
+}
+
+// Victims lists sealed segments with something dead in them, in random order.
+func (s *memStore) Victims(most int) (list []medium.Victim) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.fail != nil {
-		if err := s.fail("read"); err != nil {
+	if !s.greedy {
+		return nil
+	}
+	s.disk.mu.Lock()
+	defer s.disk.mu.Unlock()
+	for o, g := range s.disk.segs {
+		limit := s.man.mark.Ordinal
+		if g.lane == catalog.Bulk {
+			limit = s.man.mark.Bulk
+		}
+		if g.sealed && !g.gone && o < limit {
+			list = append(list, medium.Victim{Ordinal: o, Lane: g.lane, Blocks: atoll.BlockNo(len(g.data) / atoll.BlockSize), Live: atoll.BlockNo(s.live[o])})
+		}
+	}
+	return list[:min(most, len(list))]
+}
+
+func (s *memStore) Placed(_ context.Context, o atoll.Ordinal, fn func(medium.Placed) error) error {
+	s.disk.mu.Lock()
+	g := s.disk.segs[o]
+	var list []medium.Placed
+	none := g == nil || g.gone
+	if !none {
+		for _, r := range g.recs {
+			for i := range r.of {
+				p := medium.Placed{Record: r.rec, Skip: atoll.BlockNo(i), Count: 1, Ordinal: r.of[i].Ordinal(), Block: r.of[i].Block()}
+				here := atoll.MakeLocation(o, r.at+atoll.BlockNo(i), 0)
+				if r.of[i] != here && s.disk.moved[r.of[i]] != here {
+					p.Ordinal, p.Block = o, here.Block()
+				}
+				if n := len(list); n > 0 && i > 0 && list[n-1].Ordinal == p.Ordinal && list[n-1].Block+list[n-1].Count == p.Block {
+					list[n-1].Count++
+				} else {
+					list = append(list, p)
+				}
+			}
+		}
+	}
+	s.disk.mu.Unlock()
+	if none {
+		return fmt.Errorf("segment %d: %w", o, atoll.ErrNotExist)
+	}
+	for _, p := range list {
+		if err := fn(p); err != nil {
 			return err
 		}
 	}
-	g := s.segs[o]
-	if g == nil || b.Bytes()+int64(len(dst)) > int64(len(g.data)) {
-		return fmt.Errorf("read %d:%d: %w", o, b, atoll.ErrNotExist)
-	}
-	copy(dst, g.data[b.Bytes():])
 	return nil
 }
+
+func (s *memStore) Move(_ context.Context, o atoll.Ordinal, live []medium.Run) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.fail != nil {
+		if err := s.fail("move"); err != nil {
+			return err
+		}
+	}
+	s.disk.mu.Lock()
+	g := s.disk.segs[o]
+	s.disk.mu.Unlock()
+	if g == nil || g.gone {
+		return fmt.Errorf("segment %d: %w", o, atoll.ErrNotExist)
+	}
+	moved := make(map[atoll.Location]atoll.Location)
+	for _, r := range live {
+		e := s.NewEntry().(*memEntry)
+		buf := host.Alloc(int(r.Blocks) * atoll.BlockSize)
+		if err := s.disk.read(r.Ordinal, r.Block, buf.Bytes()); err != nil && s.live[r.Ordinal] == 0 {
+			buf.Release()
+			return fmt.Errorf("move %+v: died meanwhile: %w", r, atoll.ErrInvalid)
+		} else if err != nil {
+			panic(fmt.Sprintf("move %+v of segment %d: %v", r, o, err))
+		}
+		e.Add(segment.Record{Kind: r.Kind, Blocks: uint16(r.Blocks), Key: r.Key, Aux: r.Aux}, buf, buf.Bytes())
+		s.place(catalog.Bulk, e)
+		e.drop()
+		buf.Release()
+		s.disk.mu.Lock()
+		to := s.disk.segs[e.seg]
+		rec := &to.recs[len(to.recs)-1]
+		for i := range rec.of {
+			rec.of[i] = atoll.MakeLocation(r.Ordinal, r.Block+atoll.BlockNo(i), 0)
+			moved[rec.of[i]] = atoll.MakeLocation(e.seg, e.header+1+atoll.BlockNo(i), 0)
+		}
+		s.disk.mu.Unlock()
+	}
+	s.disk.mu.Lock()
+	for from, to := range s.disk.moved {
+		if to.Ordinal() == o {
+			delete(s.disk.moved, from) // it stays only if it is among the runs
+		}
+	}
+	maps.Copy(s.disk.moved, moved)
+	g.gone, g.data, g.recs = true, nil, nil
+	s.disk.mu.Unlock()
+	s.moves++
+	return s.manifest(s.man.copy(), false)
+}
+
+func (s *memStore) Pressure() float64  { s.mu.Lock(); defer s.mu.Unlock(); return s.used }
+func (s *memStore) Reclaimable() int64 { return 0 }
+func (s *memStore) Waiting() int64     { return 0 }
 
 func (s *memStore) NewEntry() Entry { return &memEntry{s: s, done: make(chan error, 1)} }
 
@@ -210,14 +598,16 @@ func (s *memStore) Submit(_ context.Context, lane catalog.Lane, entry Entry) err
 
 // place copies an entry into the open segment and the log.
 func (s *memStore) place(lane catalog.Lane, e *memEntry) {
-	g := s.segs[s.open[lane]]
+	s.disk.mu.Lock()
+	defer s.disk.mu.Unlock()
+	g := s.disk.segs[s.open[lane]]
 	if g == nil || g.sealed || len(g.data)/atoll.BlockSize+1+e.blocks > s.segSize {
 		if g != nil {
 			g.sealed = true
 		}
 		g = &memSegment{lane: lane, data: make([]byte, 0, max(s.segSize, 1+e.blocks)*atoll.BlockSize)}
 		s.open[lane] = s.next
-		s.segs[s.next] = g
+		s.disk.segs[s.next] = g
 		s.next++
 	}
 	e.seg, e.header = s.open[lane], atoll.BlockNo(len(g.data)/atoll.BlockSize)
@@ -225,10 +615,20 @@ func (s *memStore) place(lane catalog.Lane, e *memEntry) {
 	for _, p := range e.parts {
 		g.data = append(g.data, p...)
 	}
+	for i, r := range e.recs {
+		if r.Blocks == 0 || s.noCrash {
+			continue
+		}
+		p := memPlaced{rec: r, at: e.Block(i)}
+		for b := range atoll.BlockNo(r.Blocks) {
+			p.of = append(p.of, atoll.MakeLocation(e.seg, p.at+b, 0))
+		}
+		g.recs = append(g.recs, p)
+	}
 	if lane == catalog.Hot && !s.noCrash {
 		n := 0
 		for i, r := range e.recs {
-			s.log = append(s.log, medium.Record{Record: r, Seq: s.seq, Seg: e.seg, Block: e.Block(i), CRCs: slices.Clone(e.crcs[n : n+int(r.Blocks)])})
+			s.log = append(s.log, medium.Record{Record: r, Seq: s.seq, Seg: e.seg, Block: e.Block(i), Batch: e.header, CRCs: slices.Clone(e.crcs[n : n+int(r.Blocks)])})
 			n += int(r.Blocks)
 		}
 		s.seq++
@@ -333,3 +733,20 @@ func (s *memStore) refuse(err error) {
 	s.pending = s.pending[1:]
 	e.finish(err)
 }
+
+// memView is a version of a memStore.
+type memView struct {
+	*memStore
+	version medium.Version
+}
+
+func (s *memStore) view(number uint64) *memView {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.pins[number]++
+	return &memView{s, *s.man.state.Find(number)}
+}
+
+func (v *memView) Version() medium.Version { return v.version }
+func (v *memView) Root() []byte            { return v.man.roots[v.version.Number] }
+func (v *memView) close()                  { v.mu.Lock(); v.pins[v.version.Number]--; v.mu.Unlock() }

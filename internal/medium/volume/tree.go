@@ -49,6 +49,8 @@ type tree struct {
 	shared uint32  // nodes and leaves up to this epoch are shared; 0 = nothing is
 	led    *ledger // changes of liveness since the last frozen version
 	frozen *ledger // changes that the frozen version carries; nil without one
+	mapped int64   // pages mapped as of the last root
+	flat   bool    // no block of an ancestor is named
 
 	ring   []uint32 // leaves in memory, for eviction
 	hand   int
@@ -60,6 +62,12 @@ func newTree(pages uint64) *tree {
 	t := &tree{epoch: 1, led: newLedger()}
 	t.resize(pages)
 	return t
+}
+
+// adopt makes a new tree that of a root.
+func (t *tree) adopt(r rootInfo, top []topEntry) {
+	t.top, t.epoch, t.mapped, t.flat = top, r.Epoch+1, r.Mapped, r.Flat
+	t.resize(uint64(r.Size / atoll.BlockSize))
 }
 
 // resize makes the top long enough for so many pages. It never drops entries
@@ -163,8 +171,8 @@ func (t *tree) put(p pageNo, locs []atoll.Location) {
 			if known && old == loc {
 				continue
 			}
-			led.add(old, -1)
-			led.add(loc, 1)
+			led.kill(old)
+			led.add(loc)
 			l.place(p.slot()+i, loc)
 		}
 		t.mem += l.mem()
@@ -202,12 +210,12 @@ func (t *tree) clearLeaf(li uint32, slot, count int) {
 	l := t.writable(li)
 	t.mem -= l.mem()
 	if count == fan {
-		l.eachOwn(func(_ int, old atoll.Location) { t.led.add(old, -1) })
+		l.eachOwn(func(_ int, old atoll.Location) { t.led.kill(old) })
 		l.wipe()
 	} else {
 		for s := slot; s < slot+count; s++ {
 			old, known := l.own(s)
-			t.led.add(old, -1)
+			t.led.kill(old)
 			if !known || old != 0 {
 				l.place(s, 0)
 			}
@@ -270,7 +278,7 @@ func (t *tree) installNode(ni uint32, loc atoll.Location, nd *node) bool {
 // installLeaf puts a loaded leaf in place, under whatever was written over it
 // since. It reports false when loc is no longer what is wanted.
 func (t *tree) installLeaf(li uint32, loc atoll.Location, base *leaf) bool {
-	nd := t.top[li>>leafBits].node
+	nd := t.nodeAt(int(li >> leafBits))
 	k := li & (fan - 1)
 	if nd == nil || nd.locs[k] != loc {
 		return false
@@ -313,12 +321,12 @@ func (t *tree) ledgerOf(l *leaf) *ledger {
 func (t *tree) merge(u, b *leaf) {
 	led := t.ledgerOf(u)
 	if u.whole {
-		b.eachOwn(func(_ int, loc atoll.Location) { led.add(loc, -1) })
+		b.eachOwn(func(_ int, loc atoll.Location) { led.kill(loc) })
 	} else {
 		u.densify()
 		b.eachOwn(func(s int, loc atoll.Location) {
 			if u.set[s>>6]&(1<<(s&63)) != 0 {
-				led.add(loc, -1)
+				led.kill(loc)
 				return
 			}
 			u.ents[s] = loc

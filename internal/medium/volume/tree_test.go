@@ -165,7 +165,7 @@ func (m *treeModel) write() {
 	}
 	v.led.each(func(o atoll.Ordinal, n int) { m.live[o] += n })
 	m.mapped += v.led.mapped
-	m.tree.finish(v)
+	m.tree.finish(v, true)
 	m.frozen = nil
 	m.checkRoot(v)
 }

@@ -10,20 +10,23 @@ import (
 // it is being written out, finished parts get their new places both here and
 // in the tree.
 type version struct {
-	top   []topEntry
-	epoch uint32
-	size  int64
-	led   *ledger
+	t      *tree
+	top    []topEntry
+	epoch  uint32
+	size   int64
+	led    *ledger
+	mapped int64 // pages mapped, but for what led tells
+	flat   bool
 }
 
 // freeze fixes the present state as a version and opens a new epoch. There is
 // one frozen version at a time. Its cost is 24 bytes per GiB of the volume.
 func (t *tree) freeze(size int64) *version {
 	atoll.Assert(t.frozen == nil, "a map version is frozen already")
-	v := &version{top: slices.Clone(t.top), epoch: t.epoch, size: size, led: t.led}
+	v := &version{t: t, top: slices.Clone(t.top), epoch: t.epoch, size: size, led: t.led, mapped: t.mapped, flat: t.flat}
 	t.shared, t.frozen = t.epoch, t.led
 	t.epoch++
-	t.led = newLedger()
+	t.led = t.led.heir()
 	t.dirtyN = 0
 	return v
 }
@@ -76,8 +79,8 @@ func (t *tree) leafWritten(v *version, li uint32, loc atoll.Location) {
 	fn, cur := v.top[li>>leafBits].node, t.top[li>>leafBits].node
 	l := fn.kids[k]
 	atoll.Assert(l.whole && !l.owed && l.below == nil, "leaf %d was written before it was whole", li)
-	v.led.node(fn.locs[k], -1)
-	v.led.node(loc, 1)
+	v.led.killNode(fn.locs[k], fn.births[k], 1)
+	v.led.addNode(loc, 1)
 	fn.locs[k], fn.births[k] = loc, l.birth
 	l.dirty = false
 	if cur == fn {
@@ -104,16 +107,23 @@ func (v *version) nextDirtyNode(ni uint32) (uint32, bool) {
 // nodeWritten tells that node ni of v now lies at loc (0 when it has no leaf).
 func (t *tree) nodeWritten(v *version, ni uint32, loc atoll.Location) {
 	e := &v.top[ni]
-	v.led.node(e.loc, -nodeBlocks)
-	v.led.node(loc, nodeBlocks)
+	v.led.killNode(e.loc, e.birth, nodeBlocks)
+	v.led.addNode(loc, nodeBlocks)
 	e.loc, e.birth, e.node.dirty = loc, e.node.birth, false
 	t.top[ni].loc, t.top[ni].birth = e.loc, e.birth
 }
 
-// finish ends the sharing after v was written as a whole.
-func (t *tree) finish(v *version) {
+// finish ends the sharing after v was written as a whole and is the root, or
+// part of it. When it did not become so, its changes of liveness count as the
+// tree's; its leaves and nodes have their new places all the same.
+func (t *tree) finish(v *version, root bool) {
 	atoll.Assert(t.frozen == v.led, "another map version is frozen")
 	t.shared, t.frozen = 0, nil
+	if root {
+		t.mapped = v.mapped + v.led.mapped
+	} else {
+		t.led.fold(v.led)
+	}
 }
 
 // abandon ends the sharing when v could not be written as a whole: what was not

@@ -87,19 +87,26 @@ type Volume struct {
 	log   *slog.Logger
 	cache *Cache
 	id    atoll.MediumID
+	base  atoll.Ordinal // first own; lower ones are ancestors'
 
 	size  atomic.Int64
 	pages *pageMap
 	locks rangeLock
-	gate  gate
+	gate  gate       // between log and map
+	door  gate       // into writeback's memory
 	wb    *writeback // nil in writethrough mode
 	ahead readAhead
 	ops   sync.Pool
 
 	ckpt     chan struct{} // holds a token while a checkpoint or resize runs
 	ckptKick chan struct{}
-	logBytes atomic.Int64 // in the hot lane since the last checkpoint
-	mapped   atomic.Int64 // pages mapped as of the last checkpoint
+	logBytes atomic.Int64  // in the hot lane since the last checkpoint
+	commits  chan struct{} // holds a token while a manifest is being changed
+
+	hist    history
+	era     atomic.Uint64          // counts restores
+	durable atomic.Pointer[rooted] // map of the root in force; nil before the first
+	reclaim reclaimer
 
 	ctx    context.Context // ends with Close or Abort; for the goroutines only
 	cancel context.CancelFunc
@@ -116,8 +123,11 @@ func Open(ctx context.Context, s Store, o Options) (*Volume, error) {
 	v := &Volume{
 		store: s, opts: o, cache: o.Cache, id: info.ID,
 		log:  o.Log.With("medium", info.ID),
-		ckpt: make(chan struct{}, 1), ckptKick: make(chan struct{}, 1),
+		base: info.Base(),
+		ckpt: make(chan struct{}, 1), ckptKick: make(chan struct{}, 1), commits: make(chan struct{}, 1),
 	}
+	v.hist.init()
+	v.reclaim.init()
 	v.ctx, v.cancel = context.WithCancel(context.Background())
 	v.ops.New = func() any { return &logOp{entry: s.NewEntry()} }
 	if err := v.recover(ctx, info.Size); err != nil {
@@ -135,8 +145,16 @@ func Open(ctx context.Context, s Store, o Options) (*Volume, error) {
 		v.wb = newWriteback(v)
 		v.wg.Go(v.wb.run)
 	}
+	if p := v.hist.pending; p != nil { // found in the log
+		v.hist.sem <- struct{}{}
+		v.ckpt <- struct{}{}
+		v.hist.settles <- p
+	}
 	if !o.ReadOnly {
 		v.wg.Go(v.checkpoints)
+		v.wg.Go(v.settler)
+		v.wg.Go(v.reaper)
+		v.wg.Go(v.compactor)
 	}
 	return v, nil
 }
@@ -159,10 +177,7 @@ func (v *Volume) Close(ctx context.Context) error {
 	}
 	var err error
 	if !v.opts.ReadOnly {
-		err = v.wb.flush(ctx)
-		if err == nil && v.logBytes.Load() > 0 {
-			err = v.checkpoint(ctx) // waits for writes in flight
-		}
+		err = v.closeClean(ctx)
 	}
 	v.cancel()
 	v.wg.Wait()
@@ -174,6 +189,26 @@ func (v *Volume) Close(ctx context.Context) error {
 	}
 	return nil
 }
+
+// closeClean leaves nothing to replay, if it can in reasonable time.
+func (v *Volume) closeClean(ctx context.Context) error {
+	if err := v.serving("close"); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, closeLimit)
+	defer cancel()
+	err := v.wb.flush(ctx)
+	if err == nil {
+		err = v.Settled(ctx)
+	}
+	if err == nil && v.logBytes.Load() > 0 {
+		err = v.checkpoint(ctx) // waits for writes in flight
+	}
+	return err
+}
+
+// closeLimit bounds the time that Close may take to write what is left.
+const closeLimit = 2 * time.Minute
 
 // Abort stops without writing anything, as a crash would: for an owner that has
 // lost its lease. Writes that writeback acknowledged and that were not flushed
@@ -212,55 +247,4 @@ func (v *Volume) serving(what string) error {
 // span returns the pages that [off, off+n) touches.
 func span(off, n int64) pageRange {
 	return pageRange{pageNo(off / atoll.BlockSize), pageNo((off + n + atoll.BlockSize - 1) / atoll.BlockSize)}
-}
-
-// gate counts operations that are between the log and the map, in two groups,
-// so that a checkpoint can wait for those that began before it without holding
-// up the others.
-type gate struct {
-	mu   sync.Mutex
-	gen  int
-	n    [2]int
-	idle chan struct{} // closed when a group that is waited for is empty
-}
-
-func (g *gate) enter() int {
-	g.mu.Lock()
-	gen := g.gen
-	g.n[gen]++
-	g.mu.Unlock()
-	return gen
-}
-
-func (g *gate) exit(gen int) {
-	g.mu.Lock()
-	g.n[gen]--
-	if g.n[gen] == 0 && g.idle != nil {
-		close(g.idle)
-		g.idle = nil
-	}
-	g.mu.Unlock()
-}
-
-// drain waits for all that entered before. One caller at a time.
-func (g *gate) drain(ctx context.Context) error {
-	for range 2 {
-		g.mu.Lock()
-		for g.n[g.gen^1] > 0 {
-			if g.idle == nil {
-				g.idle = make(chan struct{})
-			}
-			idle := g.idle
-			g.mu.Unlock()
-			select {
-			case <-idle:
-			case <-ctx.Done():
-				return fmt.Errorf("wait for writes in flight: %w: %w", atoll.ErrTimeout, ctx.Err())
-			}
-			g.mu.Lock()
-		}
-		g.gen ^= 1
-		g.mu.Unlock()
-	}
-	return nil
 }

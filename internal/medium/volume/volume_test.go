@@ -200,6 +200,7 @@ func whole(p []byte) error {
 func TestFailedFlush(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newMemStore(1<<20, 1)
+		s.used = 1
 		v := mustOpen(t, s, Options{Mode: Writeback})
 		ctx := t.Context()
 		var mode atomic.Pointer[error]
@@ -254,6 +255,7 @@ func TestFailedFlush(t *testing.T) {
 func TestFailedCheckpoint(t *testing.T) {
 	for n := range 12 {
 		s := newMemStore(3<<30, uint64(n))
+		s.used = 1
 		v := mustOpen(t, s, Options{})
 		ctx := t.Context()
 		write := func(round uint64) {
@@ -447,7 +449,7 @@ func TestGoldenFormats(t *testing.T) {
 const checkGolden = 0xa6c8
 
 func FuzzRoot(f *testing.F) {
-	f.Add(encodeRoot(rootInfo{1, 4096, 1, 0}, make([]topEntry, 1)))
+	f.Add(encodeRoot(rootInfo{Medium: 1, Size: 4096, Epoch: 1, Event: 3, Flat: true}, make([]topEntry, 1)))
 	f.Add([]byte("ATVR"))
 	f.Fuzz(func(t *testing.T, p []byte) {
 		if r, top, err := decodeRoot(p); err == nil {
@@ -470,6 +472,7 @@ func FuzzNode(f *testing.F) {
 func TestFailedEntryDoesNotRevert(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newMemStore(1<<20, 1)
+		s.used = 1
 		s.lazy = true
 		v := mustOpen(t, s, Options{Mode: Writeback})
 		ctx := t.Context()

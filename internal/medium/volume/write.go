@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 
 	"github.com/atollstore/atoll/internal/atoll"
@@ -42,6 +43,9 @@ func (v *Volume) Write(ctx context.Context, b *host.Buffer, p []byte, off int64,
 	if v.opts.DetectZeros && allZero(p) {
 		return v.Zero(ctx, off, n, true, fua)
 	}
+	if err := v.pace(ctx, n); err != nil {
+		return err
+	}
 	r := span(off, n)
 	if err := v.locks.lock(ctx, r); err != nil {
 		return err
@@ -49,7 +53,7 @@ func (v *Volume) Write(ctx context.Context, b *host.Buffer, p []byte, off int64,
 	err := v.check("write", off, n, true) // a resize may have come first
 	if err == nil {
 		if b != nil && off%atoll.BlockSize == 0 && n%atoll.BlockSize == 0 {
-			err = v.writePages(ctx, r.from, b, p)
+			err = v.writePages(ctx, r.from, b, p, anyEra)
 		} else {
 			err = v.writeCopied(ctx, p, off)
 		}
@@ -89,7 +93,11 @@ func (v *Volume) writeCopied(ctx context.Context, p []byte, off int64) error {
 		skip := int(off % atoll.BlockSize)
 		n := min(len(p), copyPages*atoll.BlockSize-skip)
 		pages := (skip + n + atoll.BlockSize - 1) / atoll.BlockSize
-		if err := v.writePiece(ctx, p[:n], pageNo(off/atoll.BlockSize), skip, pages); err != nil {
+		err := v.writePiece(ctx, p[:n], pageNo(off/atoll.BlockSize), skip, pages)
+		for err == errEra {
+			err = v.writePiece(ctx, p[:n], pageNo(off/atoll.BlockSize), skip, pages)
+		}
+		if err != nil {
 			return err
 		}
 		p, off = p[n:], off+int64(n)
@@ -101,6 +109,7 @@ func (v *Volume) writePiece(ctx context.Context, p []byte, first pageNo, skip, p
 	buf := host.Alloc(pages * atoll.BlockSize)
 	defer buf.Release()
 	mem := buf.Bytes()
+	era := v.era.Load()
 	tail := (skip + len(p)) % atoll.BlockSize
 	if skip != 0 {
 		if err := v.readPages(ctx, first, mem[:atoll.BlockSize]); err != nil {
@@ -113,17 +122,49 @@ func (v *Volume) writePiece(ctx context.Context, p []byte, first pageNo, skip, p
 		}
 	}
 	copy(mem[skip:], p)
-	return v.writePages(ctx, first, buf, mem)
+	return v.writePages(ctx, first, buf, mem, era)
+}
+
+// anyEra is for writes of whole pages, which do not depend on what was there.
+const anyEra = ^uint64(0)
+
+// errEra tells that a restore replaced what a write was based on.
+var errEra = errors.New("the volume was restored meanwhile")
+
+// enter lets a change of pages [p, p+n) in through a gate, with all that the map
+// needs for it. It is errEra when the era is another than that given.
+func (v *Volume) enter(ctx context.Context, g *gate, p pageNo, n, era uint64) (gen int, err error) {
+	for {
+		if gen, err = g.enter(ctx); err != nil {
+			return 0, err
+		}
+		size := uint64(v.size.Load() / atoll.BlockSize)
+		switch {
+		case era != anyEra && era != v.era.Load():
+			err = errEra
+		case uint64(p) > size || n > size-uint64(p): // restored to a smaller size
+			err = fmt.Errorf("pages %d to %d of a volume of %d: %w", p, uint64(p)+n, size, atoll.ErrInvalid)
+		case v.pages.ready(p, n):
+			return gen, nil
+		}
+		g.exit(gen)
+		if err == nil {
+			err = v.pages.prepare(ctx, p, n)
+		}
+		if err != nil {
+			return 0, err
+		}
+	}
 }
 
 // writePages writes whole pages that lie in buf. The range is locked.
-func (v *Volume) writePages(ctx context.Context, p pageNo, buf *host.Buffer, data []byte) error {
+func (v *Volume) writePages(ctx context.Context, p pageNo, buf *host.Buffer, data []byte, era uint64) error {
 	if v.wb != nil {
-		return v.wb.add(ctx, p, buf, data)
+		return v.wb.add(ctx, p, buf, data, era)
 	}
 	for len(data) > 0 {
 		n := min(len(data), maxParallel*atoll.MaxBatchBlocks*atoll.BlockSize)
-		if err := v.logPages(ctx, p, buf, data[:n]); err != nil {
+		if err := v.logPages(ctx, p, buf, data[:n], era); err != nil {
 			return err
 		}
 		p, data = p+pageNo(n/atoll.BlockSize), data[n:]
@@ -132,15 +173,22 @@ func (v *Volume) writePages(ctx context.Context, p pageNo, buf *host.Buffer, dat
 }
 
 // logPages appends up to maxParallel entries' worth of pages, waits until they
-// are durable and puts them into the map.
-func (v *Volume) logPages(ctx context.Context, p pageNo, buf *host.Buffer, data []byte) error {
-	if err := v.pages.prepare(ctx, p, uint64(len(data)/atoll.BlockSize)); err != nil {
+// are durable and puts them into the map. Without space it waits for reclaim.
+func (v *Volume) logPages(ctx context.Context, p pageNo, buf *host.Buffer, data []byte, era uint64) error {
+	err := v.tryLogPages(ctx, p, buf, data, era)
+	if err == nil || !errors.Is(err, atoll.ErrNoSpace) {
 		return err
 	}
-	gen := v.gate.enter()
+	return v.untilSpace(ctx, err, func() error { return v.tryLogPages(ctx, p, buf, data, era) })
+}
+
+func (v *Volume) tryLogPages(ctx context.Context, p pageNo, buf *host.Buffer, data []byte, era uint64) error {
+	gen, err := v.enter(ctx, &v.gate, p, uint64(len(data)/atoll.BlockSize), era)
+	if err != nil {
+		return err
+	}
 	defer v.gate.exit(gen)
 	var ops [maxParallel]*logOp
-	var err error
 	n := 0
 	for q := p; len(data) > 0 && err == nil; n++ {
 		op := v.ops.Get().(*logOp)
@@ -180,11 +228,20 @@ func (v *Volume) apply(p pageNo, op *logOp) {
 
 // logged counts a batch in the log and starts a checkpoint when it is time.
 func (v *Volume) logged(blocks int) {
-	if v.logBytes.Add(int64(blocks+1)*atoll.BlockSize) > v.opts.CheckpointBytes || v.pages.crowded() {
-		select {
-		case v.ckptKick <- struct{}{}:
-		default:
-		}
+	n := int64(blocks+1) * atoll.BlockSize
+	if v.reclaim.logged.Add(n) > gaugeBytes {
+		v.reclaim.logged.Store(0)
+		v.kickReclaim()
+	}
+	if v.logBytes.Add(n) > v.opts.CheckpointBytes || v.pages.crowded() {
+		v.kickCheckpoint()
+	}
+}
+
+func (v *Volume) kickCheckpoint() {
+	select {
+	case v.ckptKick <- struct{}{}:
+	default:
 	}
 }
 
@@ -293,12 +350,37 @@ func (v *Volume) dropPages(ctx context.Context, p pageNo, n uint64) error {
 	if v.pages.holes(p, n) {
 		return nil
 	}
-	if err := v.pages.prepare(ctx, p, n); err != nil {
+	err := v.tryDropPages(ctx, p, n, false)
+	if err == nil || !errors.Is(err, atoll.ErrNoSpace) {
 		return err
 	}
-	gen := v.gate.enter()
+	// What gives space back may use the room that is kept for that.
+	if err := v.tryDropPages(ctx, p, n, true); err != nil {
+		return err
+	}
+	v.reclaim.urgent.Store(true)
+	v.reclaim.short.Store(true)
+	v.kickCheckpoint()
+	return nil
+}
+
+// tryDropPages makes pages holes; with reserve the record may lie where others
+// may not.
+func (v *Volume) tryDropPages(ctx context.Context, p pageNo, n uint64, reserve bool) error {
+	gen, err := v.enter(ctx, &v.gate, p, n, anyEra)
+	if err != nil {
+		return err
+	}
 	defer v.gate.exit(gen)
-	if err := v.logRecord(ctx, segment.Record{Kind: kindDiscard, Key: uint64(p), Aux: n}); err != nil {
+	rec := segment.Record{Kind: kindDiscard, Key: uint64(p), Aux: n}
+	if reserve {
+		e := v.store.NewEntry()
+		e.Add(rec, nil, nil)
+		_, err = v.store.AppendMark(ctx, e)
+	} else {
+		err = v.logRecord(ctx, rec)
+	}
+	if err != nil {
 		return err
 	}
 	v.pages.clear(p, n)
@@ -345,8 +427,11 @@ func (v *Volume) resizeLocked(ctx context.Context, old, size int64) error {
 			return err
 		}
 	}
-	gen := v.gate.enter()
-	err := v.logRecord(ctx, segment.Record{Kind: kindResize, Key: uint64(size)})
+	gen, err := v.gate.enter(ctx)
+	if err != nil {
+		return err
+	}
+	err = v.logRecord(ctx, segment.Record{Kind: kindResize, Key: uint64(size)})
 	if err == nil {
 		v.size.Store(size)
 		v.pages.resize(old, size)

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -19,6 +20,11 @@ const (
 	flushEntries = 4
 	// flushRetry is how long the flusher rests after an error that may pass.
 	flushRetry = time.Second
+	// drainTime is how long it may take to write what is held, but heldMin may
+	// be held in any case. rateTime is how often the rate is taken.
+	drainTime = 15 * time.Millisecond
+	heldMin   = 8 << 20
+	rateTime  = 20 * time.Millisecond
 )
 
 // writeback holds pages that were acknowledged from memory. A page that is
@@ -43,6 +49,22 @@ type writeback struct {
 	fatal    error // sticky
 	progress chan struct{}
 	waiters  int
+	halted   bool // a restore goes on
+	fence    fence
+
+	rate        float64 // bytes per second that the log takes
+	since       time.Time
+	landedBytes int64 // since then
+	hope        hope  // while there is no space
+}
+
+// fence stands in the queue while a backup goes on: what is before it is sent,
+// and not replaced any more; what is behind it waits.
+type fence struct {
+	up     bool
+	before int    // pages in the queue before it
+	target uint64 // added when it was raised
+	err    error  // why it fell
 }
 
 // dirtyPage is one page in memory. Once it is on its way it does not change.
@@ -87,6 +109,22 @@ func (w *writeback) holds(p pageNo, n uint64) bool {
 	return false
 }
 
+// list returns the pages of a range that wait to be flushed, ascending.
+func (w *writeback) list(r pageRange) (list []pageNo) {
+	if w == nil {
+		return nil
+	}
+	w.mu.Lock()
+	for p := range w.index {
+		if p >= r.from && p < r.to {
+			list = append(list, p)
+		}
+	}
+	w.mu.Unlock()
+	slices.Sort(list)
+	return list
+}
+
 // copyTo copies the pages it holds of dst, which begins at page p, marks them
 // in done and returns how many they were.
 func (w *writeback) copyTo(p pageNo, dst []byte, done *pageSet) int {
@@ -107,10 +145,12 @@ func (w *writeback) copyTo(p pageNo, dst []byte, done *pageSet) int {
 }
 
 // add takes pages in, waiting while there is no room. The range is locked.
-func (w *writeback) add(ctx context.Context, p pageNo, buf *host.Buffer, data []byte) error {
-	if err := w.v.pages.prepare(ctx, p, uint64(len(data)/atoll.BlockSize)); err != nil {
+func (w *writeback) add(ctx context.Context, p pageNo, buf *host.Buffer, data []byte, era uint64) error {
+	gen, err := w.v.enter(ctx, &w.v.door, p, uint64(len(data)/atoll.BlockSize), era)
+	if err != nil {
 		return err
 	}
+	defer w.v.door.exit(gen)
 	w.mu.Lock()
 	first := w.head == len(w.queue)
 	for len(data) > 0 {
@@ -121,7 +161,7 @@ func (w *writeback) add(ctx context.Context, p pageNo, buf *host.Buffer, data []
 		w.addPage(p, buf, data[:atoll.BlockSize])
 		p, data = p+1, data[atoll.BlockSize:]
 	}
-	wake := first || w.held() > w.limit/4
+	wake := first || w.held() > w.allowed()/4
 	w.mu.Unlock()
 	if wake {
 		w.wake()
@@ -155,7 +195,7 @@ func (w *writeback) addPage(p pageNo, buf *host.Buffer, data []byte) {
 // room waits until less than the limit is held. mu is held, but for the wait.
 func (w *writeback) room(ctx context.Context) error {
 	failures := w.failures
-	for w.fatal == nil && w.held() >= w.limit {
+	for w.fatal == nil && w.held() >= w.allowed() {
 		if w.failures != failures {
 			return w.lastErr
 		}
@@ -164,6 +204,86 @@ func (w *writeback) room(ctx context.Context) error {
 		}
 	}
 	return w.fatal
+}
+
+// allowed is how much may be held now: what the log takes in drainTime, so that
+// a flush or a backup takes not much longer, within bounds. mu is held.
+func (w *writeback) allowed() int64 {
+	if w.halted {
+		return 1 << 62 // who is inside is to get out
+	}
+	return min(max(int64(w.rate*drainTime.Seconds()), heldMin), w.limit)
+}
+
+// halt sends nothing more, and lets in without limit who is at it, until resume.
+func (w *writeback) halt() {
+	w.mu.Lock()
+	w.halted = true
+	w.moved()
+	w.mu.Unlock()
+}
+
+// resume ends it, and with drop forgets all pages. None is on its way then, and
+// nobody adds any.
+func (w *writeback) resume(drop bool) {
+	w.mu.Lock()
+	w.halted = false
+	if drop {
+		for _, d := range w.queue[w.head:] {
+			w.drain(d)
+		}
+		clear(w.queue)
+		w.queue, w.head, w.hope = w.queue[:0], 0, hope{}
+		clear(w.index)
+	}
+	w.moved()
+	w.mu.Unlock()
+	w.wake()
+}
+
+// measure keeps the rate at which the log takes pages, while some wait for it.
+// mu is held.
+func (w *writeback) measure(n int) {
+	w.landedBytes += int64(n) * atoll.BlockSize
+	now := time.Now()
+	switch d := now.Sub(w.since); {
+	case w.since.IsZero() || d > time.Second: // it was idle
+		w.since, w.landedBytes = now, 0
+	case d >= rateTime:
+		w.rate += 0.3 * (float64(w.landedBytes)/d.Seconds() - w.rate)
+		w.since, w.landedBytes = now, 0
+	}
+}
+
+// raise puts up the fence: what was added so far is one state of the volume. mu
+// is held.
+func (w *writeback) raise() {
+	for _, d := range w.queue[w.head:] {
+		d.sent = true // as good as; a newer one gets a place of its own
+	}
+	w.fence = fence{up: true, before: len(w.queue) - w.head, target: w.added, err: w.fatal}
+	w.want = max(w.want, w.added)
+}
+
+// clear waits until all before the fence is in the map, and nothing on its way.
+func (w *writeback) clear(ctx context.Context) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for w.fence.err == nil && w.done < w.fence.target {
+		if err := w.wait(ctx); err != nil {
+			return err
+		}
+	}
+	return w.fence.err
+}
+
+// lower takes the fence away.
+func (w *writeback) lower() {
+	w.mu.Lock()
+	w.fence = fence{}
+	w.moved()
+	w.mu.Unlock()
+	w.wake()
 }
 
 // wait gives up mu until something moved.
@@ -237,14 +357,18 @@ func (w *writeback) run() {
 		}
 		w.mu.Lock()
 		some := w.head < len(w.queue)
-		now := some && w.fatal == nil && (force || w.want > w.done || w.held() > w.limit/4)
+		now := some && w.fatal == nil && (force || w.want > w.done || w.held() > w.allowed()/4)
 		w.mu.Unlock()
 		switch {
 		case now && w.send():
 			due = nil
 		case now: // try again later what may pass
-			timer.Reset(flushRetry)
-			w.rest(timer)
+			if w.hungry() {
+				w.v.awaitSpace(w.v.ctx)
+			} else {
+				timer.Reset(flushRetry)
+				w.rest(timer)
+			}
 			due = nil
 			w.wake()
 		case some && due == nil:
@@ -252,6 +376,13 @@ func (w *writeback) run() {
 			due = timer.C
 		}
 	}
+}
+
+// hungry reports whether space is what it waits for.
+func (w *writeback) hungry() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return !w.hope.since.IsZero()
 }
 
 // rest waits for the timer, or for the end.
@@ -310,7 +441,7 @@ func (w *writeback) send() bool {
 func (w *writeback) take() *flushOp {
 	op := &flushOp{logOp: w.v.ops.Get().(*logOp)}
 	w.mu.Lock()
-	for recs := 0; w.head < len(w.queue); w.head++ {
+	for recs := 0; w.head < len(w.queue) && !w.halted && (!w.fence.up || w.fence.before > 0); w.head++ {
 		d := w.queue[w.head]
 		if n := len(op.pages); n == 0 || !joins(op.pages[n-1], d) {
 			recs++
@@ -319,18 +450,21 @@ func (w *writeback) take() *flushOp {
 			break
 		}
 		w.queue[w.head] = nil
+		w.fence.before--
 		d.sent = true
 		op.pages = append(op.pages, d)
 	}
 	if w.head == len(w.queue) {
 		w.queue, w.head = w.queue[:0], 0
 	}
+	if len(op.pages) > 0 {
+		op.gen = w.v.gate.pass() // before a halt can come
+	}
 	w.mu.Unlock()
 	if len(op.pages) == 0 {
 		w.v.ops.Put(op.logOp)
 		return nil
 	}
-	op.gen = w.v.gate.enter()
 	for i := 0; i < len(op.pages); {
 		j := i + 1
 		for j < len(op.pages) && joins(op.pages[j-1], op.pages[j]) {
@@ -379,6 +513,8 @@ func (w *writeback) landed(op *flushOp) {
 		}
 		w.drain(d)
 	}
+	w.hope = hope{}
+	w.measure(len(op.pages))
 	w.moved()
 	w.mu.Unlock()
 }
@@ -396,7 +532,14 @@ func (w *writeback) drain(d *dirtyPage) {
 // bring back the older. What cannot pass is sticky.
 func (w *writeback) putBack(failed []*flushOp, cause error) {
 	w.mu.Lock()
+	h := w.hope
+	w.mu.Unlock()
+	hopeful := h.more(w.v, cause)
+	w.mu.Lock()
 	defer w.mu.Unlock()
+	if w.fence.up { // what was written again since is not kept
+		w.fence.up, w.fence.err = false, fmt.Errorf("write in the background: %w", cause)
+	}
 	var again []*dirtyPage
 	for _, op := range failed {
 		w.v.gate.exit(op.gen)
@@ -411,6 +554,12 @@ func (w *writeback) putBack(failed []*flushOp, cause error) {
 	}
 	w.queue = append(again, w.queue[w.head:]...)
 	w.head = 0
+	w.hope = h
+	if hopeful {
+		w.moved()
+		return // no flush hears of it yet
+	}
+	w.hope = hope{}
 	w.failures++
 	w.lastErr = fmt.Errorf("write in the background: %w", cause)
 	if !errors.Is(cause, atoll.ErrNoSpace) && !errors.Is(cause, atoll.ErrBusy) {

@@ -1,0 +1,405 @@
+package volume
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"sync/atomic"
+	"time"
+
+	"github.com/atollstore/atoll/internal/atoll"
+	"github.com/atollstore/atoll/internal/medium"
+	"github.com/atollstore/atoll/internal/segment"
+)
+
+// placed is a piece of what lies in a segment: a page of data, a leaf or a node
+// of the map.
+type placed struct {
+	loc    atoll.Location // logical, check bits 0
+	key    uint64         // page, leaf or node
+	aux    uint64         // of a leaf or node its epoch
+	kind   segment.Kind
+	blocks atoll.BlockNo
+	rec    int // which record of the segment, or piece of one, it is in
+	live   bool
+}
+
+// birth returns the epoch of a leaf or node.
+func (p *placed) birth() uint32 { return uint32(p.aux) }
+
+// at reports whether a place of the map is that of the piece.
+func (p *placed) at(loc atoll.Location) bool { return loc>>16 == p.loc>>16 }
+
+// contents is what lies in a segment, by kind.
+type contents struct {
+	data, leaves, nodes []placed
+}
+
+// compact moves what is live in a segment elsewhere.
+func (v *Volume) compact(ctx context.Context, o atoll.Ordinal) error {
+	for range compactTries {
+		if err := v.Settled(ctx); err != nil {
+			return err
+		}
+		if v.hist.doubt.Load() { // the log may bring back what is dead now
+			if err := v.checkpoint(ctx); err != nil {
+				return err
+			}
+		}
+		v.hist.mu.Lock()
+		count, quiet := v.hist.count, v.hist.pending == nil && !v.hist.doubt.Load()
+		v.hist.mu.Unlock()
+		if !quiet {
+			continue
+		}
+		runs, err := v.liveRuns(ctx, o)
+		if err == errEra {
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("compact segment %d of volume %v: %w", o, v.id, err)
+		}
+		v.hist.mu.Lock()
+		same := v.hist.count == count
+		v.hist.mu.Unlock()
+		if !same {
+			continue
+		}
+		// What is dead now is so for ever. What died since may be unknown to
+		// the medium already.
+		if err := v.store.Move(ctx, o, runs); !errors.Is(err, atoll.ErrInvalid) {
+			return err
+		}
+	}
+	return fmt.Errorf("compact segment %d of volume %v: versions came and went meanwhile: %w", o, v.id, atoll.ErrBusy)
+}
+
+// liveRuns finds what is live in a segment. A piece that was born at x can be in
+// those versions only that are younger than x and grew from one that is older,
+// and in the present state if that did.
+func (v *Volume) liveRuns(ctx context.Context, o atoll.Ordinal) ([]medium.Run, error) {
+	c, err := v.contents(ctx, o)
+	if err != nil {
+		return nil, err
+	}
+	st := v.store.State()
+	for i := range st.Versions {
+		p := &st.Versions[i]
+		if err := v.markVersion(ctx, c, v.horizon(&st, p.Parent), p); err != nil {
+			return nil, err
+		}
+	}
+	if err := v.markPresent(ctx, c, v.horizon(&st, st.CurParent)); err != nil {
+		return nil, err
+	}
+	return c.runs(), nil
+}
+
+// contents reads what lies in a segment.
+func (v *Volume) contents(ctx context.Context, o atoll.Ordinal) (*contents, error) {
+	c := &contents{}
+	rec := 0
+	err := v.store.Placed(ctx, o, func(p medium.Placed) error {
+		rec++
+		at := atoll.MakeLocation(p.Ordinal, p.Block, 0)
+		one := placed{loc: at, key: p.Key, aux: p.Aux, kind: p.Kind, blocks: 1, rec: rec}
+		switch p.Kind {
+		case kindData:
+			for i := range uint64(p.Count) {
+				one.loc, one.key = at+atoll.Location(i)<<16, p.Key+uint64(p.Skip)+i
+				c.data = append(c.data, one)
+			}
+		case kindLeaf:
+			c.leaves = append(c.leaves, one)
+		case kindNode:
+			if p.Skip != 0 || p.Count != nodeBlocks {
+				return fmt.Errorf("half a map node at %v: %w", at, atoll.ErrCorrupt)
+			}
+			one.blocks = nodeBlocks
+			c.nodes = append(c.nodes, one)
+		}
+		return nil
+	})
+	byKey := func(a, b placed) int { return cmp.Compare(a.key, b.key) }
+	slices.SortFunc(c.data, byKey)
+	slices.SortFunc(c.leaves, byKey)
+	slices.SortFunc(c.nodes, byKey)
+	return c, err
+}
+
+// some calls fn for the pieces that are not known to be live and may be in a
+// version: not from before it began, as after tells, and from before its end.
+func some(list []placed, may func(p *placed) bool, fn func(p *placed) error) error {
+	for i := range list {
+		if p := &list[i]; !p.live && may(p) {
+			if err := fn(p); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// markVersion marks what version p has.
+func (v *Volume) markVersion(ctx context.Context, c *contents, after horizon, p *medium.Version) error {
+	until := horizon{p.At, p.Epoch}
+	data := func(x *placed) bool { return !after.data(x.loc) && until.data(x.loc) }
+	page := func(x *placed) bool { return !after.page(x.birth()) && until.page(x.birth()) }
+	if !slices.ContainsFunc(c.data, func(x placed) bool { return data(&x) }) &&
+		!slices.ContainsFunc(c.leaves, func(x placed) bool { return page(&x) }) &&
+		!slices.ContainsFunc(c.nodes, func(x placed) bool { return page(&x) }) {
+		return nil
+	}
+	r, err := v.source(ctx, p.Number)
+	if errors.Is(err, atoll.ErrNotExist) && v.gone(p.Number) {
+		return errEra // what grew from it may have the pieces then
+	}
+	if err != nil {
+		return err
+	}
+	leaf := new(leafCache)
+	err = some(c.data, data, func(x *placed) error {
+		loc, err := r.find(ctx, pageNo(x.key), leaf)
+		x.live = x.at(loc)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	return markPages(ctx, c, r, page)
+}
+
+func (v *Volume) gone(number uint64) bool {
+	st := v.store.State()
+	return st.Find(number) == nil
+}
+
+// markPages marks the pages of the map that r has.
+func markPages(ctx context.Context, c *contents, r *rooted, may func(*placed) bool) error {
+	err := some(c.leaves, may, func(x *placed) error {
+		nd, err := r.node(ctx, uint32(x.key>>leafBits))
+		x.live = nd != nil && x.at(nd.locs[x.key&(fan-1)])
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	return some(c.nodes, may, func(x *placed) error {
+		loc, _ := r.top(uint32(x.key))
+		x.live = x.at(loc)
+		return nil
+	})
+}
+
+// markPresent marks what the present state has: of data what the map says now,
+// for what was overwritten since the last root is not read again, only counted;
+// of the map itself what the last root needs.
+func (v *Volume) markPresent(ctx context.Context, c *contents, after horizon) error {
+	// The segment lies before the mark of a manifest; the root is of that one or
+	// of a later one. A later one may name more, but nothing in this segment.
+	if err := v.lockCommit(ctx); err != nil {
+		return err
+	}
+	root := v.durable.Load()
+	v.unlockCommit()
+	if root == nil {
+		root = none()
+	}
+	r := &rooted{m: v.pages, info: root.info, tops: root.tops}
+	if err := markPages(ctx, c, r, func(x *placed) bool { return !after.page(x.birth()) }); err != nil {
+		return err
+	}
+	l := liveOf(v.pages)
+	leaf := new(leafCache)
+	return some(c.data, func(x *placed) bool { return !after.data(x.loc) }, func(x *placed) error {
+		p := pageNo(x.key)
+		if li := p.leafIdx(); leaf.idx != li+1 {
+			if err := v.pages.lookup(ctx, p&^(fan-1), leaf.locs[:]); err != nil {
+				return err
+			}
+			if l.swapped() {
+				return errEra
+			}
+			leaf.idx = li + 1
+		}
+		x.live = x.at(leaf.locs[p.slot()])
+		return nil
+	})
+}
+
+// swapped reports whether a restore replaced the map.
+func (l *live) swapped() bool {
+	l.m.mu.Lock()
+	defer l.m.mu.Unlock()
+	return l.m.t != l.t
+}
+
+// runs joins the live pieces to runs, none of which spans two records.
+func (c *contents) runs() []medium.Run {
+	var live []placed
+	for _, list := range [][]placed{c.data, c.leaves, c.nodes} {
+		for i := range list {
+			if list[i].live {
+				live = append(live, list[i])
+			}
+		}
+	}
+	slices.SortFunc(live, func(a, b placed) int { return cmp.Or(cmp.Compare(a.rec, b.rec), cmp.Compare(a.loc, b.loc)) })
+	var runs []medium.Run
+	last := -1
+	for _, x := range live {
+		n := len(runs)
+		if n > 0 && last == x.rec && runs[n-1].Ordinal == x.loc.Ordinal() && runs[n-1].Block+runs[n-1].Blocks == x.loc.Block() {
+			runs[n-1].Blocks += x.blocks
+		} else {
+			runs = append(runs, medium.Run{Kind: x.kind, Key: x.key, Aux: x.aux, Ordinal: x.loc.Ordinal(), Block: x.loc.Block(), Blocks: x.blocks})
+		}
+		last = x.rec
+	}
+	return runs
+}
+
+// compactTries bounds how often the look for what is live begins anew.
+const compactTries = 10
+
+// How compaction, checkpoints and writers follow how full it is where segments
+// go. From easyUsed on checkpoints come sooner, since what was overwritten comes
+// back only after one. Below hardUsed compaction takes a fifth of the time at
+// most, then half of it, and from hurryUsed on all of it. From slowUsed on writers
+// wait.
+const (
+	easyUsed  = 0.60
+	hardUsed  = 0.75
+	hurryUsed = 0.84
+	slowUsed  = 0.88
+	fullUsed  = 0.94
+	easyRest  = 10 * time.Second
+	hardRest  = 200 * time.Millisecond
+	// soonRest is between two segments when room is short: what they free comes
+	// back a second or two later, and until then no more than is needed should
+	// be copied.
+	soonRest  = 300 * time.Millisecond
+	easyShare = 4
+	// urgentBytes of log start a checkpoint when space is getting short, and
+	// shortBytes when an append found none.
+	urgentBytes = 64 << 20
+	shortBytes  = 256 << 10
+	// gaugeBytes of log are a reason to look how full it is.
+	gaugeBytes = 4 << 20
+)
+
+// reclaimer is the state of reaping and compaction.
+type reclaimer struct {
+	reap  chan struct{} // something for the reaper
+	kick  chan struct{} // something for the compactor
+	delay paceDelay
+	// urgent: space is short, so that checkpoints are written sooner.
+	urgent atomic.Bool
+	short  atomic.Bool  // an append found no space
+	logged atomic.Int64 // bytes since the pressure was looked at
+}
+
+func (r *reclaimer) init() {
+	r.reap, r.kick = make(chan struct{}, 1), make(chan struct{}, 1)
+	r.delay.init()
+}
+
+func (v *Volume) kickReclaim() {
+	select {
+	case v.reclaim.kick <- struct{}{}:
+	default:
+	}
+}
+
+// compactor compacts while it pays, and tells writers how fast they may go.
+func (v *Volume) compactor() {
+	timer := time.NewTimer(easyRest)
+	defer timer.Stop()
+	var next time.Time
+	for {
+		select {
+		case <-v.reclaim.kick:
+		case <-timer.C:
+		case <-v.ctx.Done():
+			return
+		}
+		used := v.gauge()
+		if time.Now().Before(next) && (used < hurryUsed || next.Sub(time.Now()) <= soonRest) {
+			timer.Reset(time.Until(next))
+			continue
+		}
+		rest := v.compactOne(v.ctx, used)
+		next = time.Now().Add(rest)
+		timer.Reset(rest)
+	}
+}
+
+// gauge looks how full it is, and acts on it.
+func (v *Volume) gauge() (used float64) {
+	used = v.store.Pressure()
+	var left int64
+	if used > slowUsed {
+		left = v.store.Reclaimable()
+	}
+	v.reclaim.delay.set(used, left)
+	if v.store.Waiting() > v.opts.CheckpointBytes {
+		v.kickCheckpoint()
+	}
+	v.reclaim.urgent.Store(used >= easyUsed)
+	if used < hardUsed {
+		v.reclaim.short.Store(false)
+	}
+	if used >= easyUsed {
+		v.kickCheckpoint()
+	}
+	return used
+}
+
+// leastDead is the part of a segment that must be dead to be compacted: the
+// longer one waits the more dies by itself, so it falls only as room gets scarce.
+func leastDead(used float64, short bool) float64 {
+	switch {
+	case used >= fullUsed || short:
+		return 0.15
+	case used >= slowUsed:
+		return 0.25
+	case used >= hurryUsed:
+		return 0.3
+	case used >= hardUsed:
+		return 0.4
+	}
+	return 0 // what the medium finds worth it
+}
+
+// compactOne compacts one segment, if one is worth it, and returns how long to
+// rest.
+func (v *Volume) compactOne(ctx context.Context, used float64) time.Duration {
+	begun := time.Now()
+	short := v.reclaim.short.Load()
+	hurry := used >= hurryUsed || short
+	for _, victim := range v.store.Victims(8) {
+		if dead := 1 - float64(victim.Live)/float64(victim.Blocks); dead < leastDead(used, short) {
+			continue
+		}
+		err := v.compact(ctx, victim.Ordinal)
+		v.reclaim.delay.freed()
+		switch {
+		case err != nil && ctx.Err() == nil:
+			v.log.WarnContext(ctx, "segment not compacted; will be tried again", "seg", victim.Ordinal, "err", err)
+			return hardRest
+		case used >= fullUsed:
+			return soonRest / 3
+		case hurry:
+			return soonRest
+		case used >= hardUsed:
+			return time.Since(begun)
+		}
+		return easyShare * time.Since(begun)
+	}
+	if hurry {
+		return hardRest
+	}
+	return easyRest
+}

@@ -1,0 +1,342 @@
+package volume
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/atollstore/atoll/internal/atoll"
+	"github.com/atollstore/atoll/internal/host"
+	"github.com/atollstore/atoll/internal/medium"
+	"github.com/atollstore/atoll/internal/segment"
+)
+
+// history is what a volume knows of its versions beyond the manifest. An event
+// is a backup or a restore: one record in the log. It is pending until it is
+// settled, that is, until its version is in the manifest; there is at most one.
+type history struct {
+	sem     chan struct{} // holds a token from the begin of an event until it is settled
+	settles chan *pending // to the settler
+	waiting atomic.Int32  // events that wait for a checkpoint to end
+	// doubt: the record of an event may be in the log, though it was answered
+	// with an error. A checkpoint leaves it behind; no event may come before.
+	doubt atomic.Bool
+
+	mu      sync.Mutex
+	parent  uint64 // version that the present state grew from
+	event   uint64 // number of the last event
+	count   uint64 // events since Open, those in doubt too
+	pending *pending
+	holds   map[uint64]int // versions that are being read here
+}
+
+// pending is an event that is not settled.
+type pending struct {
+	ver    *version
+	v      medium.Version
+	mark   medium.Mark
+	target *rooted // restore: what the volume became
+	number uint64  // restore: number of that
+	logged int64
+	done   chan struct{}
+	lost   chan struct{} // closed when the next owner has to do it
+}
+
+func (h *history) init() {
+	h.sem, h.settles = make(chan struct{}, 1), make(chan *pending, 1)
+	h.holds = make(map[uint64]int)
+}
+
+func (h *history) lastEvent() uint64 {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.event
+}
+
+func (h *history) lock(ctx context.Context) error {
+	select {
+	case h.sem <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("wait for another backup: %w: %w", atoll.ErrTimeout, ctx.Err())
+	}
+}
+
+func (h *history) unlock() { <-h.sem }
+
+// pass waits for the events that came before.
+func (h *history) pass(ctx context.Context) error {
+	if err := h.lock(ctx); err != nil {
+		return err
+	}
+	h.unlock()
+	return nil
+}
+
+// hold keeps a version from being removed while it is read.
+func (h *history) hold(number uint64, d int) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.holds[number] += d; h.holds[number] == 0 {
+		delete(h.holds, number)
+	}
+}
+
+// lockEvent waits for earlier events to settle and ends a checkpoint that is
+// running. unlockEvent, or the settler, gives back what it takes.
+func (v *Volume) lockEvent(ctx context.Context, what string) error {
+	if err := v.check(what, 0, 0, true); err != nil {
+		return err
+	}
+	v.hist.waiting.Add(1)
+	defer v.hist.waiting.Add(-1)
+	if err := v.hist.lock(ctx); err != nil {
+		return err
+	}
+	if err := v.lockCheckpoint(ctx); err != nil {
+		v.hist.unlock()
+		return err
+	}
+	err := v.check(what, 0, 0, true)
+	if err == nil && v.hist.doubt.Load() {
+		err = v.checkpointLocked(ctx, nil)
+	}
+	if err != nil {
+		v.unlockEvent()
+	}
+	return err
+}
+
+func (v *Volume) unlockEvent() {
+	<-v.ckpt
+	v.hist.unlock()
+}
+
+// horizon tells which blocks come from a version of st, 0 for none.
+func (v *Volume) horizon(st *medium.State, number uint64) horizon {
+	if p := st.Find(number); p != nil {
+		return horizon{p.At, p.Epoch}
+	}
+	return horizon{at: atoll.MakeLocation(v.base, 0, 0)}
+}
+
+// Versions lists the versions, hidden ones too, by number; also one that is not
+// in the manifest yet.
+func (v *Volume) Versions() []medium.Version {
+	st := v.state()
+	return st.Versions
+}
+
+// State returns the versions and how they hang together, with what is not in the
+// manifest yet. The caller must not change the properties in it.
+func (v *Volume) State() medium.State { return v.state() }
+
+// state is the medium's with what is pending.
+func (v *Volume) state() medium.State {
+	var made medium.Version
+	v.hist.mu.Lock()
+	p, parent := v.hist.pending, v.hist.parent
+	if p != nil {
+		made = p.v
+	}
+	v.hist.mu.Unlock()
+	st := v.store.State()
+	if p != nil && st.Find(made.Number) == nil {
+		i, _ := slices.BinarySearchFunc(st.Versions, made.Number, func(a medium.Version, n uint64) int { return int(int64(a.Number) - int64(n)) })
+		st.Versions = slices.Insert(st.Versions, i, made)
+		st.CurParent = parent
+	}
+	return st
+}
+
+// Settled waits until every version made before the call is in the manifest:
+// it can be cloned and read by others then.
+func (v *Volume) Settled(ctx context.Context) error {
+	v.hist.mu.Lock()
+	p := v.hist.pending
+	v.hist.mu.Unlock()
+	if p == nil {
+		return nil
+	}
+	select {
+	case <-p.done:
+		return nil
+	case <-p.lost:
+		return fmt.Errorf("wait for version %d of volume %v: %w", p.v.Number, v.id, atoll.ErrFenced)
+	case <-ctx.Done():
+		return fmt.Errorf("wait for version %d of volume %v: %w: %w", p.v.Number, v.id, atoll.ErrTimeout, ctx.Err())
+	case <-v.ctx.Done():
+		return fmt.Errorf("wait for version %d of volume %v: %w", p.v.Number, v.id, atoll.ErrClosed)
+	}
+}
+
+// happen makes an event, whose record is durable at mark, be so in memory. No
+// change is between log and map. target is the map that a restore goes to.
+func (v *Volume) happen(e *event, mark medium.Mark, target *rooted) *pending {
+	at := atoll.MakeLocation(mark.Ordinal, mark.Block, 0)
+	h, m := &v.hist, v.pages
+	st := v.store.State()
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	ver := m.t.freeze(v.size.Load())
+	p := &pending{ver: ver, mark: mark, target: target, number: e.Target, logged: v.logBytes.Load(), done: make(chan struct{}), lost: make(chan struct{})}
+	p.v = medium.Version{
+		Number: e.Number, Name: e.Name, Memo: e.Memo, Time: e.Time, Parent: h.parent, At: at, Seq: mark.Seq, Epoch: ver.epoch,
+		Size: ver.size, Used: (ver.mapped + ver.led.mapped) * atoll.BlockSize, Unique: -1, Flags: e.Flags, Props: e.Props,
+	}
+	h.pending, h.event = p, e.Number
+	h.count++
+	if target == nil {
+		m.t.led.held = horizon{at, ver.epoch}
+		h.parent = e.Number
+		return p
+	}
+	t := newTree(0)
+	t.adopt(target.info, slices.Clone(target.tops))
+	t.epoch = m.t.epoch
+	for ni, nd := range target.ready {
+		t.installNode(ni, t.top[ni].loc, nd)
+	}
+	t.led.own, t.led.held = v.base, v.horizon(&st, e.Target)
+	m.t = t
+	h.parent = e.Target
+	v.size.Store(target.info.Size)
+	v.era.Add(1)
+	return p
+}
+
+// replayEvent does what the record of an event says, unless the root has it
+// already. It is settled when the volume is open.
+func (v *Volume) replayEvent(ctx context.Context, r medium.Record) error {
+	buf := host.Alloc(atoll.BlockSize)
+	defer buf.Release()
+	if r.Blocks != 1 || len(r.CRCs) != 1 {
+		return fmt.Errorf("version record of %d blocks at %d:%d: %w", r.Blocks, r.Seg, r.Block, atoll.ErrCorrupt)
+	}
+	err := v.store.Read(ctx, r.Seg, r.Block, buf.Bytes())
+	if err == nil && segment.CRC(buf.Bytes()) != r.CRCs[0] {
+		err = atoll.ErrCorrupt
+	}
+	var e *event
+	if err == nil {
+		e, err = parseEvent(buf.Bytes())
+	}
+	if err == nil && (e.Medium != v.id || e.Number != r.Key || e.kind() != r.Kind) {
+		err = fmt.Errorf("it is version %d of medium %v: %w", e.Number, e.Medium, atoll.ErrCorrupt)
+	}
+	if err != nil {
+		return fmt.Errorf("version record %d at %d:%d: %w", r.Key, r.Seg, r.Block, err)
+	}
+	v.store.UseVersionNumber(e.Number)
+	if e.Number <= v.hist.event {
+		return nil
+	}
+	if p := v.hist.pending; p != nil {
+		return fmt.Errorf("version record %d at %d:%d after version %d, which is not settled: %w", r.Key, r.Seg, r.Block, p.v.Number, atoll.ErrCorrupt)
+	}
+	var target *rooted
+	if e.Target != 0 {
+		if target, err = v.source(ctx, e.Target); err != nil {
+			return err
+		}
+	}
+	v.happen(e, v.store.MarkAt(r), target)
+	return nil
+}
+
+// settler brings events into the manifest, one after the other.
+func (v *Volume) settler() {
+	for {
+		select {
+		case p := <-v.hist.settles:
+			v.settle(p)
+		case <-v.ctx.Done():
+			return
+		}
+	}
+}
+
+// settle tries until it is done or the volume ends.
+func (v *Volume) settle(p *pending) {
+	rest := ckptRetryMin
+	for {
+		begun := time.Now()
+		err := v.trySettle(v.ctx, p)
+		if err == nil {
+			v.settled(p, begun)
+			return
+		}
+		if !v.store.Valid() {
+			close(p.lost)
+			return
+		}
+		if v.ctx.Err() == nil {
+			v.log.WarnContext(v.ctx, "version not settled; will be tried again", "ver", p.v.Number, "err", err, "dur", rest)
+		}
+		if !v.pause(rest) {
+			return
+		}
+		rest = min(2*rest, ckptRetryMax)
+	}
+}
+
+// pause waits; false when the volume ended.
+func (v *Volume) pause(d time.Duration) bool {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return true
+	case <-v.ctx.Done():
+		return false
+	}
+}
+
+// trySettle writes the map as it was at the event and enters the version.
+func (v *Volume) trySettle(ctx context.Context, p *pending) error {
+	if err := v.writeVersion(ctx, p.ver, nil); err != nil {
+		return err
+	}
+	v.hist.mu.Lock()
+	p.v.Used = (p.ver.mapped + p.ver.led.mapped) * atoll.BlockSize
+	nv := medium.NewVersion{Version: p.v, RootBytes: v.rootOf(p.ver, p.v.Number)}
+	v.hist.mu.Unlock()
+	c := medium.Commit{Mark: p.mark, Root: nv.RootBytes, Add: []medium.NewVersion{nv}}
+	parent := p.v.Number
+	if p.target != nil {
+		parent = p.number
+		info := p.target.info
+		info.Medium, info.Epoch, info.Event = v.id, p.ver.epoch, p.v.Number
+		c.Root = encodeRoot(info, p.target.tops)
+	}
+	c.Change = func(s *medium.State) { s.CurParent = parent }
+	return v.commit(ctx, c, p.ver.led, nil)
+}
+
+func (v *Volume) settled(p *pending, begun time.Time) {
+	v.finish(p.ver, true)
+	v.checkpointed(begun, p.logged)
+	v.hist.mu.Lock()
+	v.hist.pending = nil
+	v.hist.mu.Unlock()
+	close(p.done)
+	v.unlockEvent()
+	if p.target != nil {
+		v.recordSize()
+	}
+	v.kickReaper()
+}
+
+// recordSize brings the size in the catalog in line; Open does so too.
+func (v *Volume) recordSize() {
+	if size := v.size.Load(); v.store.Info().Size != size {
+		if err := v.store.Update(v.ctx, func(m *catalogMedium) { m.Size = size }); err != nil {
+			v.log.WarnContext(v.ctx, "size not recorded", "len", size, "err", err)
+		}
+	}
+}
