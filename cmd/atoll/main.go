@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"runtime"
 	"runtime/debug"
 	"syscall"
@@ -37,7 +38,13 @@ func run() (code int) {
 	context.AfterFunc(ctx, stop) // a second signal ends the process at once
 	app := &cli.App{In: os.Stdin, Out: os.Stdout, Err: os.Stderr}
 	root := cli.New(app, buildVersion())
-	root.AddCommand(serverCommand(), demoCommand(app))
+	root.AddCommand(serverCommand(), demoCommand(app), app.CheckCommand(checkOffline))
+	if filepath.Base(os.Args[0]) == "rbd" {
+		return cli.RunRBD(ctx, app, root, os.Args[1:])
+	}
+	if name, ok := cli.CurveName(os.Args[0]); ok {
+		return cli.RunCurve(ctx, app, root, name, os.Args[1:])
+	}
 	return cli.Run(ctx, app, root, os.Args[1:])
 }
 

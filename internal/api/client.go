@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"os"
@@ -130,29 +131,84 @@ func (c *Client) Get(ctx context.Context, path string) (*http.Response, error) {
 // Close drops idle connections.
 func (c *Client) Close() { c.http.CloseIdleConnections() }
 
+// headerForwarded marks a call that one server passes on to another.
+const headerForwarded = "Atoll-Forwarded"
+
+type forwardedKey struct{}
+
+// Forwarding marks ctx: calls of a Client under it say that a server passes them
+// on, and whoever is asked does not pass them on again.
+func Forwarding(ctx context.Context) context.Context {
+	return context.WithValue(ctx, forwardedKey{}, true)
+}
+
+// Forwarded reports whether the call that ctx belongs to came from another
+// server.
+func Forwarded(ctx context.Context) bool { return ctx.Value(forwardedKey{}) != nil }
+
 // clientInterceptor adds the token and gives errors their kinds back.
 type clientInterceptor struct{ token string }
 
+func (i clientInterceptor) header(ctx context.Context, h http.Header) {
+	if i.token != "" {
+		h.Set("Authorization", "Bearer "+i.token)
+	}
+	if Forwarded(ctx) {
+		h.Set(headerForwarded, "1")
+	}
+}
+
 func (i clientInterceptor) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
 	return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
-		if i.token != "" {
-			req.Header().Set("Authorization", "Bearer "+i.token)
-		}
+		i.header(ctx, req.Header())
 		resp, err := next(ctx, req)
 		if err != nil {
-			if errors.Is(ctx.Err(), context.Canceled) {
-				return nil, ctx.Err()
-			}
-			return nil, fromConnect(err)
+			return nil, received(ctx, err)
 		}
 		return resp, nil
 	}
 }
 
+// received is an error of a call as its caller sees it.
+func received(ctx context.Context, err error) error {
+	if errors.Is(ctx.Err(), context.Canceled) {
+		return ctx.Err()
+	}
+	return fromConnect(err)
+}
+
 func (i clientInterceptor) WrapStreamingClient(next connect.StreamingClientFunc) connect.StreamingClientFunc {
-	return next
+	return func(ctx context.Context, spec connect.Spec) connect.StreamingClientConn {
+		conn := next(ctx, spec)
+		i.header(ctx, conn.RequestHeader())
+		return &clientStream{conn, ctx}
+	}
 }
 
 func (i clientInterceptor) WrapStreamingHandler(next connect.StreamingHandlerFunc) connect.StreamingHandlerFunc {
 	return next
+}
+
+// clientStream is a stream of answers whose errors have their kinds.
+type clientStream struct {
+	connect.StreamingClientConn
+	ctx context.Context // of the call, for the reason of its end
+}
+
+// Send implements connect.StreamingClientConn.
+func (s *clientStream) Send(msg any) error {
+	err := s.StreamingClientConn.Send(msg)
+	if err == nil || errors.Is(err, io.EOF) {
+		return err
+	}
+	return received(s.ctx, err)
+}
+
+// Receive implements connect.StreamingClientConn.
+func (s *clientStream) Receive(msg any) error {
+	err := s.StreamingClientConn.Receive(msg)
+	if err == nil || errors.Is(err, io.EOF) {
+		return err
+	}
+	return received(s.ctx, err)
 }

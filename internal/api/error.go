@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"strings"
+	"syscall"
 
 	"connectrpc.com/connect"
 
@@ -51,6 +52,9 @@ type hinted struct {
 
 // Unwrap makes errors.Is see the kind.
 func (h *hinted) Unwrap() error { return h.error }
+
+// Hint is for borders that do not know this package.
+func (h *hinted) Hint() string { return h.hint }
 
 // WithHint attaches to err a sentence that says what to do.
 func WithHint(err error, hint string) error {
@@ -148,7 +152,7 @@ func fromConnect(err error) error {
 			return WithHint(errors.New(text), hint)
 		}
 	}
-	out := error(&remote{text: text, kind: base})
+	out := error(&remote{text: text, kind: base, unsent: errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, syscall.ENOENT)})
 	if hint != "" {
 		out = WithHint(out, hint)
 	}
@@ -157,8 +161,16 @@ func fromConnect(err error) error {
 
 // remote is an error told by a server: its whole text, and its kind.
 type remote struct {
-	text string
-	kind error
+	text   string
+	kind   error
+	unsent bool // nobody listens there: the call was not made
+}
+
+// Unsent reports whether a call was surely not made, since nobody listens at the
+// server's address.
+func Unsent(err error) bool {
+	var r *remote
+	return errors.As(err, &r) && r.unsent
 }
 
 // Error returns the server's text, with the kind if the text does not say it.

@@ -5,6 +5,7 @@ import (
 	"crypto/subtle"
 	"fmt"
 	"log/slog"
+	"net"
 	"net/http"
 	"net/http/pprof"
 	"strings"
@@ -31,8 +32,14 @@ type Backend interface {
 	Volumes(ctx context.Context, after string, limit int) ([]*atollv1.Volume, error)
 	Volume(ctx context.Context, name string, open bool) (*atollv1.Volume, error)
 	ResizeVolume(ctx context.Context, name string, size int64, shrink bool) (*atollv1.Volume, error)
-	DeleteVolume(ctx context.Context, name string, dryRun bool) (bytes int64, err error)
+	DeleteVolume(ctx context.Context, req *atollv1.DeleteVolumeRequest) (*atollv1.DeleteVolumeResponse, error)
 	CheckVolume(ctx context.Context, name string, readAll bool) (*atollv1.CheckVolumeResponse, error)
+
+	Versions
+	Names
+	Trash
+	Users
+	Tasks
 
 	// Healthy returns nil when the server can serve.
 	Healthy() error
@@ -50,23 +57,24 @@ type Options struct {
 	Demo    DemoBackend  // nil outside a demo
 	Metrics http.Handler // serves /metrics
 	Token   string       // bearer token for TCP
+	Mounts  []Mount      // what else is served under the same addresses
 	Log     *slog.Logger
+}
+
+// Mount serves another protocol at a path, which ends in "/" for all below it.
+// It needs no bearer token: the handlers look at who calls themselves. Requests
+// that a browser sends on behalf of some page are refused before them.
+type Mount struct {
+	Path string
+	TCP  http.Handler // nil: not served there
+	Unix http.Handler // on the server's own socket, which only its user can reach
 }
 
 // NewHandlers returns the handler for TCP, which asks for the token, and the
 // one for the Unix socket, which does not and also serves profiles.
 func NewHandlers(o Options) (tcp, unix http.Handler) {
 	mux := http.NewServeMux()
-	opt := connect.WithInterceptors(serverInterceptor{o.Log})
-	limit := connect.WithReadMaxBytes(1 << 20)
-	path, h := atollv1connect.NewClusterServiceHandler(clusterService{o.Backend}, opt, limit)
-	mux.Handle(path, h)
-	path, h = atollv1connect.NewVolumeServiceHandler(volumeService{o.Backend}, opt, limit)
-	mux.Handle(path, h)
-	if o.Demo != nil {
-		path, h = atollv1connect.NewDemoServiceHandler(demoService{o.Demo}, opt, limit)
-		mux.Handle(path, h)
-	}
+	serveCalls(mux, o)
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
 		if err := o.Backend.Healthy(); err != nil {
 			http.Error(w, err.Error(), http.StatusServiceUnavailable)
@@ -77,23 +85,79 @@ func NewHandlers(o Options) (tcp, unix http.Handler) {
 	if o.Metrics != nil {
 		mux.Handle("GET /metrics", o.Metrics)
 	}
-	private := http.NewServeMux()
+	private, public := http.NewServeMux(), http.NewServeMux()
+	guarded := requireToken(o.Token, http.NewCrossOriginProtection().Handler(mux))
 	private.Handle("/", mux)
+	public.Handle("/", guarded)
+	for _, m := range o.Mounts {
+		if m.Unix != nil {
+			private.Handle(m.Path, m.Unix)
+		}
+		if m.TCP != nil {
+			public.Handle(m.Path, refusePages(m.TCP))
+		}
+	}
 	private.HandleFunc("/debug/pprof/", pprof.Index)
 	private.HandleFunc("/debug/pprof/cmdline", pprof.Cmdline)
 	private.HandleFunc("/debug/pprof/profile", pprof.Profile)
 	private.HandleFunc("/debug/pprof/symbol", pprof.Symbol)
 	private.HandleFunc("/debug/pprof/trace", pprof.Trace)
-	guarded := http.NewCrossOriginProtection().Handler(mux)
-	return requireToken(o.Token, guarded), private
+	return public, private
+}
+
+// serveCalls registers the services.
+func serveCalls(mux *http.ServeMux, o Options) {
+	opts := []connect.HandlerOption{connect.WithInterceptors(serverInterceptor{o.Log}), connect.WithReadMaxBytes(1 << 20)}
+	b := o.Backend
+	mux.Handle(atollv1connect.NewClusterServiceHandler(clusterService{b}, opts...))
+	mux.Handle(atollv1connect.NewVolumeServiceHandler(volumeService{b}, opts...))
+	mux.Handle(atollv1connect.NewVersionServiceHandler(versionService{b}, opts...))
+	mux.Handle(atollv1connect.NewNamespaceServiceHandler(nameService{b}, opts...))
+	mux.Handle(atollv1connect.NewTrashServiceHandler(trashService{b}, opts...))
+	mux.Handle(atollv1connect.NewUserServiceHandler(userService{b}, opts...))
+	mux.Handle(atollv1connect.NewTaskServiceHandler(taskService{b}, opts...))
+	if o.Demo != nil {
+		mux.Handle(atollv1connect.NewDemoServiceHandler(demoService{o.Demo}, opts...))
+	}
+}
+
+// refusePages refuses what a browser sends for a page of another origin, also by
+// GET, and what reaches a loopback address under a foreign host name.
+func refusePages(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		site := r.Header.Get("Sec-Fetch-Site")
+		foreign := site != "" && site != "none" && site != "same-origin" || r.Header.Get("Origin") != ""
+		if foreign || !ownName(r) {
+			http.Error(w, "not for pages of a browser", http.StatusForbidden)
+			return
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+// ownName reports whether a request that came over loopback names a loopback
+// host, so that a foreign name that was made to point there is of no use.
+func ownName(r *http.Request) bool {
+	addr, _ := r.Context().Value(http.LocalAddrContextKey).(net.Addr)
+	tcp, _ := addr.(*net.TCPAddr)
+	if tcp == nil || !tcp.IP.IsLoopback() {
+		return true
+	}
+	name := r.Host
+	if h, _, err := net.SplitHostPort(name); err == nil {
+		name = h
+	}
+	ip := net.ParseIP(strings.Trim(name, "[]"))
+	return name == "" || name == "localhost" || ip != nil
 }
 
 // requireToken lets through /healthz, /metrics, the call to join (which carries
-// a token of its own) and whatever shows the bearer token.
+// a token of its own), members of the cluster, which showed their certificate
+// (the listener verified it), and whatever shows the bearer token.
 func requireToken(token string, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		open := r.URL.Path == "/healthz" || r.URL.Path == "/metrics" ||
-			r.URL.Path == atollv1connect.ClusterServiceJoinProcedure
+			r.URL.Path == atollv1connect.ClusterServiceJoinProcedure || r.TLS != nil && len(r.TLS.PeerCertificates) > 0
 		got, ok := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
 		if !open && (!ok || token == "" || subtle.ConstantTimeCompare([]byte(got), []byte(token)) != 1) {
 			w.Header().Set("Content-Type", "application/json")
@@ -106,22 +170,37 @@ func requireToken(token string, next http.Handler) http.Handler {
 	})
 }
 
-// The longest that calls may take: one that reads a whole volume, and all others.
+// The longest that calls may take: those that read or copy a whole volume, and
+// all others.
 const (
 	longCall  = 24 * time.Hour
 	otherCall = 10 * time.Minute
 )
 
-// serverInterceptor turns our errors into Connect's and bounds every call.
+// limitOf bounds a call.
+func limitOf(procedure string) time.Duration {
+	switch procedure {
+	case atollv1connect.VolumeServiceCheckVolumeProcedure, atollv1connect.VersionServiceDiffProcedure,
+		atollv1connect.VersionServiceListVersionsProcedure:
+		return longCall
+	}
+	return otherCall
+}
+
+// serverInterceptor turns our errors into Connect's, bounds every call, and
+// notes which were passed on by another server.
 type serverInterceptor struct{ log *slog.Logger }
+
+func (i serverInterceptor) begin(ctx context.Context, s connect.Spec, h http.Header) (context.Context, context.CancelFunc) {
+	if h.Get(headerForwarded) != "" {
+		ctx = Forwarding(ctx)
+	}
+	return context.WithTimeout(ctx, limitOf(s.Procedure))
+}
 
 func (i serverInterceptor) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
 	return func(ctx context.Context, req connect.AnyRequest) (resp connect.AnyResponse, err error) {
-		most := otherCall
-		if req.Spec().Procedure == atollv1connect.VolumeServiceCheckVolumeProcedure {
-			most = longCall
-		}
-		ctx, cancel := context.WithTimeout(ctx, most)
+		ctx, cancel := i.begin(ctx, req.Spec(), req.Header())
 		defer cancel()
 		resp, err = next(ctx, req)
 		return resp, toConnect(err)
@@ -133,7 +212,11 @@ func (i serverInterceptor) WrapStreamingClient(next connect.StreamingClientFunc)
 }
 
 func (i serverInterceptor) WrapStreamingHandler(next connect.StreamingHandlerFunc) connect.StreamingHandlerFunc {
-	return next
+	return func(ctx context.Context, conn connect.StreamingHandlerConn) error {
+		ctx, cancel := i.begin(ctx, conn.Spec(), conn.RequestHeader())
+		defer cancel()
+		return toConnect(next(ctx, conn))
+	}
 }
 
 func reply[T any](m *T, err error) (*connect.Response[T], error) {

@@ -71,8 +71,7 @@ func (s volumeService) ResizeVolume(ctx context.Context, r *connect.Request[atol
 }
 
 func (s volumeService) DeleteVolume(ctx context.Context, r *connect.Request[atollv1.DeleteVolumeRequest]) (*connect.Response[atollv1.DeleteVolumeResponse], error) {
-	bytes, err := s.b.DeleteVolume(ctx, r.Msg.Name, r.Msg.DryRun)
-	return reply(&atollv1.DeleteVolumeResponse{Bytes: bytes}, err)
+	return reply(s.b.DeleteVolume(ctx, r.Msg))
 }
 
 func (s volumeService) CheckVolume(ctx context.Context, r *connect.Request[atollv1.CheckVolumeRequest]) (*connect.Response[atollv1.CheckVolumeResponse], error) {

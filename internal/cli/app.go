@@ -28,6 +28,7 @@ type App struct {
 	server     string
 	tokenFile  string
 	output     string
+	format     string // rbd's spelling of output
 	exact      bool
 	quiet      bool
 	noProgress bool
@@ -59,11 +60,20 @@ then "atoll volume create".`,
 	f.StringVar(&app.server, "server", envOr("ATOLL_SERVER", ""), "server to talk to: unix:/path, host:port or URL; default the one here (env ATOLL_SERVER)")
 	f.StringVar(&app.tokenFile, "token-file", envOr("ATOLL_TOKEN_FILE", ""), "file with the credential for a server on TCP (env ATOLL_TOKEN_FILE, or ATOLL_TOKEN)")
 	f.StringVarP(&app.output, "output", "o", "table", "output: table, json or jsonl")
+	f.StringVar(&app.format, "format", "", "output, as rbd calls it: plain or json")
+	_ = f.MarkHidden("format") // fails only for a flag that is not there
 	f.BoolVarP(&app.exact, "exact", "p", false, "sizes as exact bytes")
 	f.BoolVarP(&app.quiet, "quiet", "q", false, "no progress and no hints")
 	f.BoolVar(&app.noProgress, "no-progress", false, "no progress")
 	f.DurationVar(&app.timeout, "timeout", 60*time.Second, "give up waiting for the server after this")
 	root.PersistentPreRunE = func(*cobra.Command, []string) error {
+		switch app.format {
+		case "":
+		case "plain":
+			app.output = "table"
+		default:
+			app.output = app.format
+		}
 		switch app.output {
 		case "table", "json", "jsonl":
 			return nil
@@ -71,8 +81,10 @@ then "atoll volume create".`,
 		return usageError{fmt.Errorf("unknown output %q; want table, json or jsonl", app.output)}
 	}
 	root.AddGroup(&cobra.Group{ID: "run", Title: "Run:"}, &cobra.Group{ID: "use", Title: "Use:"}, &cobra.Group{ID: "look", Title: "Look:"})
-	root.AddCommand(app.volumeCommand(), app.nodeCommand(), app.statusCommand(), app.doctorCommand(),
-		app.configCommand(), app.tokenCommand(), exitCodesHelp())
+	root.AddCommand(app.volumeCommand(), app.snapCommand(), app.nodeCommand(), app.statusCommand(), app.doctorCommand(),
+		app.configCommand(), app.tokenCommand(), app.userCommand(), app.taskCommand(), app.rbdCommand(), exitCodesHelp())
+	root.AddCommand(app.treeCommands()...)
+	root.AddCommand(app.pythonCommand(), app.curveCommand(), app.curveNBDCommand())
 	return root
 }
 
@@ -107,14 +119,6 @@ func strict(c *cobra.Command) {
 			return nil
 		}
 	}
-	if check := c.Args; check != nil {
-		c.Args = func(c *cobra.Command, args []string) error {
-			if err := check(c, args); err != nil {
-				return usageError{err}
-			}
-			return nil
-		}
-	}
 	if c.HasSubCommands() && !c.Runnable() {
 		c.SuggestionsMinimumDistance, c.DisableFlagsInUseLine = 2, true
 		c.Annotations = map[string]string{isGroup: "yes"}
@@ -126,6 +130,8 @@ func strict(c *cobra.Command) {
 			text := fmt.Sprintf("unknown command %q for %q", args[0], c.CommandPath())
 			if s := c.SuggestionsFor(args[0]); len(s) > 0 {
 				text += fmt.Sprintf("; did you mean %q?", s[0])
+			} else if list, _, err := c.Find([]string{"ls"}); err == nil && list != c && c.HasParent() {
+				text += fmt.Sprintf("; to list: %q", list.CommandPath())
 			}
 			return usageError{errors.New(text)}
 		}
@@ -226,13 +232,20 @@ func caHash(credential string) (string, bool) {
 
 // Call runs fn with a client and the global deadline.
 func (a *App) Call(cmd *cobra.Command, fn func(ctx context.Context, c *api.Client) error) error {
+	return a.work(cmd.Context(), func(ctx context.Context, c *api.Client) error {
+		ctx, cancel := context.WithTimeout(ctx, a.timeout)
+		defer cancel()
+		return fn(ctx, c)
+	})
+}
+
+// work runs fn with a client and no deadline, for what takes its time.
+func (a *App) work(ctx context.Context, fn func(ctx context.Context, c *api.Client) error) error {
 	c, err := a.dial()
 	if err != nil {
 		return err
 	}
 	defer c.Close()
-	ctx, cancel := context.WithTimeout(cmd.Context(), a.timeout)
-	defer cancel()
 	err = fn(ctx, c)
 	if errors.Is(err, atoll.ErrUnreachable) && api.Hint(err) == "" {
 		err = api.WithHint(err, `is the server running? Try "atoll doctor"`)

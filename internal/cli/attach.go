@@ -68,19 +68,21 @@ const kernelConns = 4
 func (a *App) volumeAttach() *cobra.Command {
 	var o attachOptions
 	cmd := &cobra.Command{
-		Use:   "attach NAME",
+		Use:   "attach NAME[@VERSION]",
 		Short: "Make a local block device of a volume (root)",
 		Long: `Make a local block device of a volume, with the kernel's NBD driver where there
 is one, else with a FUSE file and a loop device. --mkfs makes a file system if
 the volume has none; --mount mounts it. A helper process serves the device until
 "atoll volume detach". Flushes of the device are durable on all copies. When the
-server goes, the kernel's device fails; attach again then.`,
+server goes, the kernel's device fails; attach again then. A version becomes a
+device that cannot be written.`,
 		Example: "  sudo atoll volume attach disk1\n  sudo atoll volume attach disk1 --mkfs ext4 --mount /mnt/d",
 		Args:    exactArgs(1, "a volume's name"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if os.Getuid() != 0 {
 				return api.WithHint(fmt.Errorf("attach makes a block device: %w", atoll.ErrDenied), "run it as root: sudo atoll volume attach "+args[0])
 			}
+			o.readOnly = o.readOnly || strings.Contains(args[0], "@")
 			if o.mkfs != "" && o.readOnly {
 				return usagef("--mkfs and --read-only contradict each other")
 			}
@@ -150,6 +152,7 @@ func (a *App) spawnHelper(volume string, o attachOptions) (attachment, error) {
 		args = append(args, "--token-file", a.tokenFile)
 	}
 	helper := exec.Command(self, args...)
+	helper.Args[0] = "atoll" // under another name it may be another program
 	helper.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	logPath := attachLog(volume)
 	if err := os.MkdirAll(attachDir(), 0o700); err != nil {
@@ -393,7 +396,7 @@ func fuseDevice(d *transfer.NBD, sector int, readOnly bool) (localDevice, error)
 
 func (a *App) volumeDetach() *cobra.Command {
 	return &cobra.Command{
-		Use:     "detach NAME",
+		Use:     "detach NAME[@VERSION]",
 		Short:   "Unmount and remove the block device of a volume (root)",
 		Example: "  sudo atoll volume detach disk1",
 		Args:    exactArgs(1, "a volume's name"),

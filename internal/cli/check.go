@@ -2,6 +2,8 @@ package cli
 
 import (
 	"context"
+	"encoding/json"
+	"errors"
 	"fmt"
 	"time"
 
@@ -87,4 +89,187 @@ func (a *App) printTroubles(title string, list []string) {
 		}
 		fmt.Fprintf(a.Out, "%-10s %s\n", title, text)
 	}
+}
+
+// OfflineCheck checks volumes of a stopped server, as CheckVolume does those of
+// a cluster: those named, or all, read from all copies when read is set. each
+// gets every outcome.
+type OfflineCheck func(ctx context.Context, data string, disks, names []string, read bool, each func(name string, r *atollv1.CheckVolumeResponse, err error)) error
+
+// CheckCommand is "atoll check".
+func (a *App) CheckCommand(offline OfflineCheck) *cobra.Command {
+	var read bool
+	var data string
+	var disks []string
+	cmd := &cobra.Command{
+		Use:     "check [NAME...]",
+		Short:   "Prove all volumes consistent, of a cluster or of a stopped server",
+		GroupID: "look",
+		Long: `Compares maps, manifests and segments of the volumes named, or of all of them,
+with each other; reads and writes go on meanwhile. With --read, every copy is
+read and verified, and what is damaged is mended.
+
+With --data, the data of a server that is stopped are checked where they lie;
+name its --disk directories, too, if it has some. That is possible for a server
+that is a cluster by itself. Deleted volumes that clones need are checked, too.
+
+Exit code 8: something is damaged and could not be repaired. Exit code 7: all
+that could be looked at is well, but not all could be.`,
+		Example: `  atoll check
+  atoll check --read disk1 disk2
+  atoll check --data /var/lib/atoll --read
+  atoll check --data /srv/atoll --disk /mnt/a --disk /mnt/b --disk /mnt/c`,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			for i := range args {
+				args[i] = volumeName(args[i])
+			}
+			if len(disks) > 0 && data == "" {
+				return usagef("--disk goes with --data")
+			}
+			s := &checkSum{a: a, read: read}
+			var err error
+			if data != "" {
+				err = offline(cmd.Context(), data, disks, args, read, s.add)
+			} else {
+				if !cmd.Flags().Changed("timeout") {
+					a.timeout = checkTimeout
+				}
+				err = a.work(cmd.Context(), func(ctx context.Context, c *api.Client) error { return s.online(ctx, c, args) })
+			}
+			return s.end(err)
+		},
+	}
+	f := cmd.Flags()
+	f.BoolVar(&read, "read", false, "read and verify every copy, and repair what is damaged")
+	f.StringVar(&data, "data", "", "check a stopped server: its data directory")
+	f.StringSliceVar(&disks, "disk", nil, "a disk of that server; repeatable (default: those under --data)")
+	cmd.ValidArgsFunction = a.completeVolumes
+	return cmd
+}
+
+// checked is the outcome of one volume's check.
+type checked struct {
+	Name  string          `json:"name"`
+	State string          `json:"state"` // consistent, damaged, unchecked or failed
+	Error string          `json:"error,omitempty"`
+	Check json.RawMessage `json:"check,omitempty"`
+}
+
+// checkSum collects outcomes.
+type checkSum struct {
+	a                          *App
+	read                       bool
+	all                        []checked
+	damaged, unchecked, failed int
+	first                      error // of what failed
+	broken                     error // of printing
+}
+
+// online checks volumes of a cluster.
+func (s *checkSum) online(ctx context.Context, c *api.Client, names []string) error {
+	given := len(names) > 0
+	if !given {
+		list, err := listVolumes(ctx, c)
+		if err != nil {
+			return err
+		}
+		for _, v := range list {
+			names = append(names, v.Name)
+		}
+	}
+	for _, name := range names {
+		one, cancel := context.WithTimeout(ctx, s.a.timeout)
+		r, err := c.Volumes.CheckVolume(one, connect.NewRequest(&atollv1.CheckVolumeRequest{Name: name, ReadAll: s.read}))
+		cancel()
+		switch {
+		case ctx.Err() != nil:
+			return ctx.Err()
+		case err != nil && !given && errors.Is(err, atoll.ErrNotExist):
+			// removed meanwhile
+		case err != nil:
+			s.add(name, nil, s.a.didYouMean(ctx, c, name, err))
+		default:
+			s.add(name, r.Msg, nil)
+		}
+	}
+	return nil
+}
+
+// add takes an outcome in and prints its line.
+func (s *checkSum) add(name string, r *atollv1.CheckVolumeResponse, err error) {
+	one := checked{Name: name, State: "consistent"}
+	switch {
+	case err != nil:
+		one.State, one.Error = "failed", err.Error()
+		s.failed++
+		if s.first == nil {
+			s.first = err
+		}
+	case len(r.Problems) > 0:
+		one.State = "damaged"
+		s.damaged++
+	case len(r.Unchecked) > 0:
+		one.State = "unchecked"
+		s.unchecked++
+	}
+	if r != nil && s.a.output != "table" {
+		if one.Check, err = plainJSON(r); err != nil {
+			s.broken = err
+		}
+	}
+	s.all = append(s.all, one)
+	switch s.a.output {
+	case "table":
+		s.line(one, r)
+	case "jsonl":
+		s.broken = errors.Join(s.broken, s.a.plain(one))
+	}
+}
+
+// line prints an outcome for people.
+func (s *checkSum) line(one checked, r *atollv1.CheckVolumeResponse) {
+	text := one.Error
+	if r != nil {
+		text = fmt.Sprintf("%d blocks mapped", r.Blocks)
+		if s.read {
+			text += fmt.Sprintf("; %s of copies read, %s damaged, %s repaired", s.a.size(r.CheckedBytes), s.a.size(r.DamagedBytes), s.a.size(r.RepairedBytes))
+		}
+	}
+	fmt.Fprintf(s.a.Out, "%-10s  %s: %s\n", one.State, one.Name, text)
+	if r != nil {
+		s.a.printTroubles("  damaged", r.Problems)
+		s.a.printTroubles("  unchecked", r.Unchecked)
+	}
+}
+
+// end prints the rest and returns the error that sums up, after err of the check
+// as a whole.
+func (s *checkSum) end(err error) error {
+	if s.a.output == "json" && (err == nil || len(s.all) > 0) {
+		all := s.all
+		if all == nil {
+			all = []checked{}
+		}
+		s.broken = errors.Join(s.broken, s.a.plain(all))
+	}
+	volumes := func(n int) string { return fmt.Sprintf("%d of %s", n, plural(len(s.all), "volume", "volumes")) }
+	switch {
+	case s.damaged > 0:
+		return errors.Join(fmt.Errorf("%s damaged beyond repair: %w", volumes(s.damaged), atoll.ErrCorrupt), err)
+	case err != nil:
+		return err
+	case s.broken != nil:
+		return s.broken
+	case s.failed > 0 && len(s.all) == 1:
+		return s.first
+	case s.failed > 0:
+		return fmt.Errorf("%s could not be checked: %w", volumes(s.failed), s.first)
+	case s.unchecked > 0:
+		return api.WithHint(fmt.Errorf("%s: not all could be looked at, the rest is consistent: %w", volumes(s.unchecked), atoll.ErrUnavailable),
+			`"atoll node ls" shows which nodes are down; check again when they are back`)
+	}
+	if s.a.output == "table" {
+		fmt.Fprintf(s.a.Out, "%s consistent\n", plural(len(s.all), "volume", "volumes"))
+	}
+	return nil
 }

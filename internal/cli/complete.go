@@ -20,19 +20,86 @@ const completeTime = 300 * time.Millisecond
 // line says of them: NAME is a volume, FILE a file.
 func (a *App) completeArgs(cmd *cobra.Command, args []string, prefix string) ([]string, cobra.ShellCompDirective) {
 	words := strings.Fields(cmd.Use)[1:]
+	if len(words) == 0 {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
 	i := len(args)
 	if len(words) > 0 && strings.HasSuffix(words[len(words)-1], "...") {
 		i = min(i, len(words)-1)
 	}
-	switch {
-	case i >= len(words), cmd.Name() == "create":
+	if i >= len(words) {
 		return nil, cobra.ShellCompDirectiveNoFileComp
-	case words[i] == "FILE":
+	}
+	word := strings.Trim(strings.TrimSuffix(words[i], "..."), "[]")
+	volume, _, at := strings.Cut(prefix, "@")
+	switch {
+	case cmd.Name() == "create" && !strings.Contains(word, "@"):
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	case word == "FILE" || word == "FIRST" || word == "SECOND":
 		return nil, cobra.ShellCompDirectiveDefault
-	case strings.HasPrefix(words[i], "NAME"):
-		return a.completeVolumes(cmd, args, prefix)
+	case strings.HasPrefix(word, "NAME") && strings.Contains(word, "@VERSION") && at:
+		return a.completeVersions(args, volume, prefix)
+	case strings.HasPrefix(word, "PATH"):
+		return a.completeTree(args, prefix)
+	case strings.HasPrefix(word, "NAME"):
+		names, d := a.completeVolumes(cmd, args, prefix)
+		if strings.HasPrefix(word, "NAME@VERSION") {
+			for i, n := range names {
+				names[i] = strings.Replace(n, "\t", "@\t", 1)
+			}
+			d |= cobra.ShellCompDirectiveNoSpace
+		}
+		return names, d
 	}
 	return nil, cobra.ShellCompDirectiveNoFileComp
+}
+
+// completeVersions completes NAME@VERSION.
+func (a *App) completeVersions(args []string, volume, prefix string) ([]string, cobra.ShellCompDirective) {
+	return a.complete(args, prefix, func(ctx context.Context, c *api.Client) (names []string, err error) {
+		r, err := (&image{c: c, name: volumeName(volume)}).list(ctx)
+		if err != nil {
+			return nil, err
+		}
+		for _, v := range r.Versions {
+			names = append(names, volume+"@"+versionName(v)+"\t"+shortTime(v.Time.AsTime()))
+		}
+		return names, nil
+	})
+}
+
+// completeTree completes a path, one directory at a time.
+func (a *App) completeTree(args []string, prefix string) ([]string, cobra.ShellCompDirective) {
+	dir := ""
+	if i := strings.LastIndexByte(prefix, '/'); i >= 0 {
+		dir = prefix[:i]
+	}
+	all, d := a.complete(args, prefix, func(ctx context.Context, c *api.Client) (names []string, err error) {
+		entries, err := listTree(ctx, c, cleanPath(dir), false)
+		for _, e := range entries {
+			name := e.Path
+			if e.Kind == kindDir {
+				name += "/"
+			}
+			names = append(names, name+"\t"+e.Kind)
+		}
+		return names, err
+	})
+	if len(all) == 1 && strings.Contains(all[0], "/\t") {
+		d |= cobra.ShellCompDirectiveNoSpace
+	}
+	return all, d
+}
+
+// completeTrash completes the ids of what is in the trash.
+func (a *App) completeTrash(_ *cobra.Command, args []string, prefix string) ([]string, cobra.ShellCompDirective) {
+	return a.complete(args, prefix, func(ctx context.Context, c *api.Client) (ids []string, err error) {
+		all, err := listTrash(ctx, c)
+		for _, e := range all {
+			ids = append(ids, shortID(e.Id, all)+"\t"+e.Path)
+		}
+		return ids, err
+	})
 }
 
 // completeVolumes completes volume names, quickly or not at all.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"path/filepath"
 	"time"
@@ -16,6 +17,7 @@ import (
 	"github.com/atollstore/atoll/internal/api"
 	"github.com/atollstore/atoll/internal/api/atollv1"
 	"github.com/atollstore/atoll/internal/atoll"
+	"github.com/atollstore/atoll/internal/rbdstream"
 	"github.com/atollstore/atoll/internal/transfer"
 )
 
@@ -23,43 +25,91 @@ import (
 type transferFlags struct{ concurrency, conns int }
 
 func (t *transferFlags) add(cmd *cobra.Command) {
-	cmd.Flags().IntVar(&t.concurrency, "concurrency", 16, "requests of 1 MiB in flight")
+	cmd.Flags().IntVar(&t.concurrency, "concurrency", 10, "requests of 1 MiB in flight")
 	cmd.Flags().IntVar(&t.conns, "connections", 2, "NBD connections")
 }
 
 func (a *App) volumeImport() *cobra.Command {
 	var t transferFlags
-	var req atollv1.CreateVolumeRequest
-	var sizeText string
-	var replicas int
-	var overwrite bool
+	var layout layoutFlags
+	var sizeText, dest, path string
+	var format int
+	o := &importOptions{}
 	cmd := &cobra.Command{
 		Use:   "import FILE NAME",
-		Short: "Make a volume from a raw disk image; - reads standard input",
-		Long: `Make a volume from a raw disk image. Holes and zeros in the image take no room.
-The volume gets the image's size, rounded up to 4 KiB, unless --size says more.
-When import returns, every byte is on stable storage on all copies. If it fails,
-a volume that it made is removed again.`,
-		Example: "  atoll volume import disk.img disk1\n  zstdcat disk.img.zst | atoll volume import - disk1\n  atoll volume import new.img disk1 --overwrite",
-		Args:    exactArgs(2, "an image file (or -) and a name"),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			req.Name, req.Replicas = volumeName(args[1]), int32(replicas)
+		Short: "Make a volume from a disk image; - reads standard input",
+		Long: `Make a volume from a raw disk image, or with --export-format 2 from an image
+with all its versions, as this program and rbd export them. Holes and zeros take
+no room. The volume gets the image's size, rounded up to 4 KiB, unless --size
+says more. When import returns, every byte is on stable storage on all copies.
+If it fails, a volume that it made is removed again.`,
+		Example: "  atoll volume import disk.img disk1\n  zstdcat disk.img.zst | atoll volume import - disk1\n  atoll volume import disk1.rbd disk1 --export-format 2",
+		Args:    fileAndName(&path, &dest, true, "an image file (or -) and a name"),
+		RunE: func(cmd *cobra.Command, _ []string) (err error) {
+			o.req.Name = volumeName(dest)
 			if sizeText != "" {
-				size, err := ParseSize(sizeText)
-				if err != nil {
+				if o.req.SizeBytes, err = ParseSize(sizeText); err != nil {
 					return err
 				}
-				req.SizeBytes = size
 			}
-			return a.runImport(cmd, args[0], &req, overwrite, t)
+			if o.layout, err = layout.override(); err != nil {
+				return err
+			}
+			switch {
+			case format != 1 && format != 2:
+				return usagef("--export-format %d: want 1 (raw) or 2 (with versions)", format)
+			case format == 2 && (o.overwrite || sizeText != ""):
+				return usagef("an image with versions makes a new volume of its own size: no --overwrite, no --size")
+			case format == 2:
+				return a.importImage(cmd, path, o, t)
+			}
+			return a.runImport(cmd, path, o, t)
 		},
 	}
 	t.add(cmd)
+	layout.add(cmd)
+	addCreateFlags(cmd, &o.req)
 	cmd.Flags().StringVar(&sizeText, "size", "", "size of the volume (default: the image's)")
-	cmd.Flags().IntVar(&replicas, "replicas", 0, "copies, as in volume create")
-	cmd.Flags().StringVar(&req.Cache, "cache", "", "cache mode, as in volume create")
-	cmd.Flags().BoolVar(&overwrite, "overwrite", false, "write into an existing volume")
+	cmd.Flags().IntVar(&format, "export-format", 1, "1: raw; 2: rbd's image with all versions")
+	cmd.Flags().BoolVar(&o.overwrite, "overwrite", false, "write into an existing volume")
+	cmd.Flags().StringVar(&dest, "dest", "", "the name, instead of NAME")
+	cmd.Flags().StringVar(&path, "path", "", "the file, instead of FILE")
 	return cmd
+}
+
+// importOptions say what an import makes.
+type importOptions struct {
+	req       atollv1.CreateVolumeRequest
+	layout    func(*rbdstream.Header) // may be nil
+	overwrite bool
+	exact     bool // keep the exact size beside the volume
+}
+
+// addCreateFlags adds the flags of commands that make a volume.
+func addCreateFlags(cmd *cobra.Command, req *atollv1.CreateVolumeRequest) {
+	cmd.Flags().Int32Var(&req.Replicas, "replicas", 0, "copies, as in volume create")
+	cmd.Flags().StringVar(&req.Cache, "cache", "", "cache mode, as in volume create")
+}
+
+// fileAndName reads FILE NAME; either may be given by a flag instead. With named,
+// NAME may be left out and is the file's.
+func fileAndName(path, name *string, named bool, want string) cobra.PositionalArgs {
+	return func(_ *cobra.Command, args []string) error {
+		n := len(args)
+		if *path == "" && len(args) > 0 {
+			*path, args = args[0], args[1:]
+		}
+		if *name == "" && len(args) > 0 {
+			*name, args = args[0], args[1:]
+		}
+		if *name == "" && named && *path != "-" && *path != "" {
+			*name = filepath.Base(*path)
+		}
+		if *path == "" || *name == "" || len(args) > 0 {
+			return usagef("want %s; got %s", want, count(n, "argument"))
+		}
+		return nil
+	}
 }
 
 // source is an opened image.
@@ -132,14 +182,29 @@ func (a *App) openSource(ctx context.Context, path string) (source, func() error
 	return source{f, filepath.Base(path), size}, f.Close, nil
 }
 
-func (a *App) runImport(cmd *cobra.Command, path string, req *atollv1.CreateVolumeRequest, overwrite bool, t transferFlags) error {
+func (a *App) runImport(cmd *cobra.Command, path string, o *importOptions, t transferFlags) error {
 	src, closeSrc, err := a.openSource(cmd.Context(), path)
 	if err != nil {
 		return err
 	}
 	defer closeSrc()
-	if src.size == 0 {
-		return fmt.Errorf("image %s is empty: %w", path, atoll.ErrInvalid)
+	v, res, err := a.importRaw(cmd, src, o, t)
+	if errors.Is(err, atoll.ErrExist) {
+		err = api.WithHint(err, "choose another name, or --overwrite it")
+	}
+	if err != nil {
+		return err
+	}
+	return a.show(v, func() {
+		fmt.Fprintf(a.Out, "%s: %s imported, %s of data   %s\n", v.Name, a.size(res.Bytes), a.size(res.Data), shellQuote(first(v.Urls)))
+	})
+}
+
+// importRaw makes a volume of a raw image, or writes it into one.
+func (a *App) importRaw(cmd *cobra.Command, src source, o *importOptions, t transferFlags) (v *atollv1.Volume, res transfer.Result, err error) {
+	req, overwrite := &o.req, o.overwrite
+	if src.size == 0 && !o.exact {
+		return nil, res, fmt.Errorf("image %s is empty: %w", src.name, atoll.ErrInvalid)
 	}
 	fit := src.size < 0 && req.SizeBytes == 0 // make it as large as what comes
 	if req.SizeBytes == 0 {
@@ -148,20 +213,13 @@ func (a *App) runImport(cmd *cobra.Command, path string, req *atollv1.CreateVolu
 			req.SizeBytes = atoll.MaxVolumeSize
 		}
 	}
-	var v *atollv1.Volume
+	o.properties()
 	err = a.Call(cmd, func(ctx context.Context, c *api.Client) error {
 		r, err := c.Volumes.CreateVolume(ctx, connect.NewRequest(req))
-		if errors.Is(err, atoll.ErrExist) && !overwrite {
-			return api.WithHint(err, "choose another name, or --overwrite it")
-		}
-		if errors.Is(err, atoll.ErrExist) {
+		if errors.Is(err, atoll.ErrExist) && overwrite {
 			fit = false
-			g, gerr := c.Volumes.GetVolume(ctx, connect.NewRequest(&atollv1.GetVolumeRequest{Name: req.Name}))
-			if gerr != nil {
-				return gerr
-			}
-			v = g.Msg
-			return nil
+			v, err = (&image{c: c, name: req.Name}).volume(ctx)
+			return err
 		}
 		if err != nil {
 			return err
@@ -170,23 +228,60 @@ func (a *App) runImport(cmd *cobra.Command, path string, req *atollv1.CreateVolu
 		return nil
 	})
 	if err != nil {
-		return err
+		return nil, res, err
 	}
-	res, err := a.copyIn(cmd.Context(), v, src, !overwrite, t)
+	res, err = a.copyIn(cmd.Context(), v, src, !overwrite, t)
 	if err == nil && fit {
 		err = a.resizeTo(cmd, req.Name, roundUp(res.Bytes))
 	}
+	if err == nil && o.exact {
+		err = a.Call(cmd, func(ctx context.Context, c *api.Client) error {
+			return keepSize(ctx, c, req.Name, v.Properties, res.Bytes)
+		})
+	}
+	if err != nil && !overwrite {
+		err = errors.Join(err, a.undoImport(req.Name))
+	}
+	return v, res, err
+}
+
+// properties puts the layout that the user asked for into the request.
+func (o *importOptions) properties() {
+	if o.layout == nil {
+		return
+	}
+	h := rbdstream.DefaultHeader()
+	o.layout(&h)
+	if o.req.Properties == nil {
+		o.req.Properties = map[string]string{}
+	}
+	maps.Copy(o.req.Properties, headerProperties(h))
+}
+
+// importImage makes a volume with versions.
+func (a *App) importImage(cmd *cobra.Command, path string, o *importOptions, t transferFlags) error {
+	src, closeSrc, err := a.openSource(cmd.Context(), path)
 	if err != nil {
-		if !overwrite {
-			err = errors.Join(err, a.undoImport(req.Name))
-		}
 		return err
 	}
-	if a.output != "table" {
-		return a.json(v)
-	}
-	fmt.Fprintf(a.Out, "%s: %s imported, %s of data   %s\n", req.Name, a.size(res.Bytes), a.size(res.Data), shellQuote(first(v.Urls)))
-	return nil
+	defer closeSrc()
+	return a.work(cmd.Context(), func(ctx context.Context, c *api.Client) error {
+		p := a.NewProgress(src.name, max(src.size, 0))
+		m := &image{c: c, name: o.req.Name, conns: t.conns}
+		res, err := transfer.ImportImage(ctx, &maker{m, &o.req}, src.Reader, transfer.ImportOptions{
+			Concurrency: t.concurrency, Progress: p.Reach, InputSize: max(src.size, 0), Override: o.layout})
+		p.Done()
+		if err != nil {
+			return err
+		}
+		v, err := m.volume(ctx)
+		if err != nil {
+			return err
+		}
+		return a.show(v, func() {
+			fmt.Fprintf(a.Out, "%s: %s imported%s   %s\n", v.Name, a.size(v.SizeBytes), withVersions(res.Versions), shellQuote(first(v.Urls)))
+		})
+	})
 }
 
 // roundUp gives the size of a volume that holds n bytes.
@@ -234,63 +329,26 @@ func (a *App) resizeTo(cmd *cobra.Command, name string, size int64) error {
 func (a *App) undoImport(name string) error {
 	ctx, cancel := context.WithTimeout(context.Background(), a.timeout)
 	defer cancel()
-	c, err := a.dial()
+	err := a.work(ctx, func(ctx context.Context, c *api.Client) error { return removeVolume(ctx, c, name) })
 	if err != nil {
-		return err
-	}
-	defer c.Close()
-	for range 50 {
-		_, err = c.Volumes.DeleteVolume(ctx, connect.NewRequest(&atollv1.DeleteVolumeRequest{Name: name}))
-		if !errors.Is(err, atoll.ErrBusy) { // the server may not have seen yet that we left
-			break
-		}
-		<-time.After(100 * time.Millisecond)
-	}
-	if err != nil {
-		a.hint("volume %s holds a part of the image; remove it with: atoll volume rm %s", name, name)
+		a.hint("volume %s holds a part of the image; remove it with: atoll volume rm %s --now", name, name)
 	}
 	return err
 }
 
-func (a *App) volumeExport() *cobra.Command {
-	var t transferFlags
-	cmd := &cobra.Command{
-		Use:   "export NAME FILE",
-		Short: "Write a volume to a raw disk image; - writes standard output",
-		Long: `Write a volume to a new raw disk image. The file is sparse, must not exist, and
-is on stable storage when export returns. With - the image goes to standard
-output.`,
-		Example: "  atoll volume export disk1 disk1.img\n  atoll volume export disk1 - | zstd > disk1.img.zst",
-		Args:    exactArgs(2, "a name and an image file (or -)"),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			v, err := a.volume(cmd, args[0], false)
-			if err != nil {
-				return err
-			}
-			d, err := openVolume(cmd.Context(), v, t.conns)
-			if err != nil {
-				return err
-			}
-			defer d.Close()
-			p := a.NewProgress(v.Name, d.Size())
-			o := transfer.Options{Concurrency: t.concurrency, Progress: p.Add}
-			var res transfer.Result
-			if args[1] == "-" {
-				res, err = transfer.ExportStream(cmd.Context(), d, a.Out, o)
-			} else {
-				res, err = transfer.ExportFile(cmd.Context(), d, args[1], o)
-			}
-			p.Done()
-			if err != nil || args[1] == "-" {
-				return err
-			}
-			if a.output != "table" {
-				return a.json(v)
-			}
-			fmt.Fprintf(a.Out, "%s: %s exported to %s, %s of data\n", v.Name, a.size(res.Bytes), args[1], a.size(res.Data))
-			return nil
-		},
+// removeVolume removes a volume for good that was just being written.
+func removeVolume(ctx context.Context, c *api.Client, name string) error {
+	var err error
+	for range 50 {
+		_, err = c.Volumes.DeleteVolume(ctx, connect.NewRequest(&atollv1.DeleteVolumeRequest{Name: name, Now: true}))
+		if !errors.Is(err, atoll.ErrBusy) { // the server may not have seen yet that we left
+			break
+		}
+		select {
+		case <-time.After(100 * time.Millisecond):
+		case <-ctx.Done():
+			return errors.Join(err, ctx.Err())
+		}
 	}
-	t.add(cmd)
-	return cmd
+	return err
 }

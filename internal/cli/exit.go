@@ -74,9 +74,12 @@ func usagef(format string, args ...any) error { return usageError{fmt.Errorf(for
 // ExitCode returns the exit code for err.
 func ExitCode(err error) int {
 	var u usageError
+	var status exitStatus
 	switch {
 	case err == nil:
 		return ExitOK
+	case errors.As(err, &status):
+		return int(status)
 	case errors.Is(err, context.Canceled):
 		return ExitInterrupted
 	case errors.As(err, &u):
@@ -94,6 +97,9 @@ func ExitCode(err error) int {
 
 // printError tells the user what went wrong and what to do, as text or JSON.
 func (a *App) printError(cmd *cobra.Command, err error) {
+	if errors.As(err, new(exitStatus)) {
+		return // it has been told
+	}
 	if a.output == "json" || a.output == "jsonl" {
 		code := api.KindName(err)
 		if ExitCode(err) == ExitUsage {

@@ -56,11 +56,11 @@ func (f *fakeServer) CreateVolume(_ context.Context, r *atollv1.CreateVolumeRequ
 	return &atollv1.Volume{Name: r.Name, SizeBytes: r.SizeBytes, Replicas: max(1, r.Replicas), Urls: []string{"nbd+unix:///" + r.Name + "?socket=/x/nbd.sock"}}, nil
 }
 
-func (f *fakeServer) DeleteVolume(_ context.Context, name string, _ bool) (int64, error) {
-	if _, err := f.Volume(context.Background(), name, false); err != nil {
-		return 0, err
+func (f *fakeServer) DeleteVolume(ctx context.Context, r *atollv1.DeleteVolumeRequest) (*atollv1.DeleteVolumeResponse, error) {
+	if _, err := f.Volume(ctx, r.Name, false); err != nil {
+		return nil, err
 	}
-	return 5 << 20, nil
+	return &atollv1.DeleteVolumeResponse{Bytes: 5 << 20}, nil
 }
 
 func (f *fakeServer) CheckVolume(context.Context, string, bool) (*atollv1.CheckVolumeResponse, error) {
@@ -88,7 +88,7 @@ func (f *fakeServer) Config(context.Context) ([]*atollv1.Setting, error) {
 }
 
 // serveFake serves f on a Unix socket, which it makes the default server.
-func serveFake(t *testing.T, f *fakeServer) {
+func serveFake(t *testing.T, f api.Backend) {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "cli-")
 	if err != nil {

@@ -69,6 +69,36 @@ func (a *App) json(m proto.Message) error {
 	return err
 }
 
+// show prints m as JSON if that is wanted, else whatever table prints.
+func (a *App) show(m proto.Message, table func()) error {
+	if a.output != "table" {
+		return a.json(m)
+	}
+	table()
+	return nil
+}
+
+// showList is show for an answer that is a list: each of it is a line of jsonl.
+func showList[M proto.Message](a *App, m proto.Message, list []M, table func()) error {
+	if a.output == "jsonl" {
+		return jsonLines(a, list)
+	}
+	return a.show(m, table)
+}
+
+// plain prints what is no message of the API as JSON.
+func (a *App) plain(v any) error {
+	b, err := json.Marshal(v)
+	if a.output == "json" && err == nil {
+		b, err = json.MarshalIndent(v, "", "  ")
+	}
+	if err != nil {
+		return fmt.Errorf("write json: %w", err)
+	}
+	_, err = fmt.Fprintln(a.Out, string(b))
+	return err
+}
+
 // jsonLines prints messages one a line.
 func jsonLines[M proto.Message](a *App, list []M) error {
 	for _, m := range list {
@@ -167,39 +197,13 @@ func FormatSize(n int64) string {
 	return ""
 }
 
-// ParseSize reads a size such as 512M, 10G, 10GiB (powers of 1024) or 10GB
-// (powers of 1000). A bare number is refused, since tools disagree on its unit;
-// B says bytes.
+// ParseSize is atoll.ParseSize for the command line.
 func ParseSize(s string) (int64, error) {
-	i := strings.IndexFunc(s, func(r rune) bool { return (r < '0' || r > '9') && r != '.' })
-	if s == "" || i == 0 {
-		return 0, usagef("size %q: want a number with a unit, like 10G (GiB), 512M or 10GB (10⁹ bytes)", s)
+	n, err := atoll.ParseSize(s)
+	if err != nil {
+		return 0, usageError{err}
 	}
-	if i < 0 {
-		return 0, usagef("size %q has no unit; write %sG for GiB, %sM for MiB or %sB for bytes", s, s, s, s)
-	}
-	units := map[string]float64{"b": 1}
-	pow2, pow10 := 1.0, 1.0
-	for _, u := range []string{"k", "m", "g", "t", "p"} {
-		pow2 *= 1024
-		pow10 *= 1000
-		units[u], units[u+"ib"], units[u+"b"] = pow2, pow2, pow10
-	}
-	mul, ok := units[strings.ToLower(s[i:])]
-	if !ok {
-		return 0, usagef("size %q: unknown unit %q; want B, K, M, G, T (powers of 1024) or KB, MB, GB, TB (powers of 1000)", s, s[i:])
-	}
-	if n, err := strconv.ParseInt(s[:i], 10, 64); err == nil {
-		if v := float64(n) * mul; v <= float64(1<<62) {
-			return n * int64(mul), nil
-		}
-		return 0, usageError{fmt.Errorf("size %q: %w", s, atoll.ErrTooLarge)}
-	}
-	f, err := strconv.ParseFloat(s[:i], 64)
-	if err != nil || f*mul > float64(1<<62) {
-		return 0, usagef("size %q is not a number with a unit", s)
-	}
-	return int64(f * mul), nil
+	return n, nil
 }
 
 // ago formats how long ago t was.

@@ -15,7 +15,7 @@ import (
 type Progress struct {
 	w     io.Writer
 	name  string
-	total int64
+	total atomic.Int64
 	tty   bool
 	off   bool
 	start time.Time
@@ -26,8 +26,9 @@ type Progress struct {
 
 // NewProgress starts showing progress of a task of total bytes (0 = unknown).
 func (a *App) NewProgress(name string, total int64) *Progress {
-	p := &Progress{w: a.Err, name: name, total: total, start: time.Now(), stop: make(chan struct{}),
+	p := &Progress{w: a.Err, name: name, start: time.Now(), stop: make(chan struct{}),
 		tty: isTerminal(a.Err) && os.Getenv("TERM") != "dumb", off: a.quiet || a.noProgress}
+	p.total.Store(total)
 	if p.off {
 		return p
 	}
@@ -53,6 +54,12 @@ func (a *App) NewProgress(name string, total int64) *Progress {
 // Add counts n more bytes. It may be called concurrently.
 func (p *Progress) Add(n int64) { p.done.Add(n) }
 
+// Reach tells that done of total is done.
+func (p *Progress) Reach(done, total int64) {
+	p.total.Store(total)
+	p.done.Store(done)
+}
+
 // Done ends the display, leaving a last line. Call it once.
 func (p *Progress) Done() {
 	if p.off {
@@ -60,22 +67,22 @@ func (p *Progress) Done() {
 	}
 	close(p.stop)
 	p.wg.Wait()
-	if p.total > 0 && p.done.Load() == 0 {
-		return // it failed before it began
+	if p.done.Load() == 0 {
+		return // it failed before it began, or there was nothing to do
 	}
 	p.draw(true)
 }
 
 // draw prints the state of things.
 func (p *Progress) draw(last bool) {
-	done := p.done.Load()
+	done, total := p.done.Load(), p.total.Load()
 	took := time.Since(p.start)
 	rate := int64(float64(done) / max(took.Seconds(), 0.001))
 	tail := fmt.Sprintf("%9s  %9s/s", FormatSize(done), FormatSize(rate))
 	if last {
 		tail += fmt.Sprintf("  %s", took.Round(10*time.Millisecond))
-	} else if p.total > done && rate > 0 {
-		left := time.Duration(float64(p.total-done) / float64(rate) * float64(time.Second))
+	} else if total > done && rate > 0 {
+		left := time.Duration(float64(total-done) / float64(rate) * float64(time.Second))
 		tail += fmt.Sprintf("  %s left", left.Round(time.Second))
 	}
 	name := p.name
@@ -83,8 +90,8 @@ func (p *Progress) draw(last bool) {
 		name = name[:19] + "…"
 	}
 	part := 1.0
-	if p.total > 0 {
-		part = min(1, float64(done)/float64(p.total))
+	if total > 0 {
+		part = min(1, float64(done)/float64(total))
 	}
 	if !p.tty {
 		fmt.Fprintf(p.w, "%s: %3.0f%% %s\n", name, part*100, strings.Join(strings.Fields(tail), " "))

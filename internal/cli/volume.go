@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"strings"
-	"time"
 
 	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
@@ -17,10 +16,27 @@ import (
 
 func (a *App) volumeCommand() *cobra.Command {
 	cmd := &cobra.Command{Use: "volume", Aliases: []string{"vol"}, Short: "Make and use block volumes", GroupID: "use"}
-	cmd.AddCommand(a.volumeCreate(), a.volumeList(), a.volumeInfo(), a.volumeResize(), a.volumeRemove(), a.volumeURL(),
-		a.volumeCheck(), a.volumeImport(), a.volumeExport(), a.volumeAttach(), a.volumeDetach(), a.volumeBench())
-	for _, c := range cmd.Commands() {
-		c.ValidArgsFunction = a.completeArgs
+	cmd.AddGroup(&cobra.Group{ID: "vol", Title: "Volumes:"}, &cobra.Group{ID: "versions", Title: "Versions:"},
+		&cobra.Group{ID: "data", Title: "Data:"}, &cobra.Group{ID: "device", Title: "Devices:"})
+	for _, g := range []struct {
+		id   string
+		cmds []*cobra.Command
+	}{
+		{"vol", []*cobra.Command{a.volumeCreate(), a.volumeList(), a.volumeInfo(), a.volumeResize(), a.volumeRename(), a.volumeRemove(),
+			a.volumeTrash(), a.volumeLimits(), a.volumeMeta(), a.volumeCheck()}},
+		{"versions", []*cobra.Command{a.volumeBackup(), a.volumeVersions(), a.volumeSnap(), a.volumeRelease(), a.volumeRestore(),
+			a.volumeClone(), a.volumeChildren(), a.volumeFlatten(), a.volumeSchedule()}},
+		{"data", []*cobra.Command{a.volumeCopy(), a.volumeUsage(), a.volumeDiff(), a.volumeSparsify(), a.volumeImport(), a.volumeExport(),
+			a.volumeExportDiff(), a.volumeImportDiff(), a.volumeMergeDiff(), a.volumeVerify()}},
+		{"device", []*cobra.Command{a.volumeURL(), a.volumeAttach(), a.volumeDetach(), a.volumeBench()}},
+	} {
+		for _, c := range g.cmds {
+			c.GroupID = g.id
+			if !c.HasSubCommands() {
+				c.ValidArgsFunction = a.completeArgs
+			}
+			cmd.AddCommand(c)
+		}
 	}
 	return cmd
 }
@@ -30,153 +46,115 @@ func volumeName(arg string) string { return strings.TrimPrefix(arg, "vol/") }
 
 func (a *App) volumeCreate() *cobra.Command {
 	var req atollv1.CreateVolumeRequest
-	var replicas int
+	var layout layoutFlags
+	var sizeText string
 	cmd := &cobra.Command{
 		Use:     "create NAME SIZE",
 		Short:   "Make a thin volume",
 		Example: "  atoll volume create disk1 10G\n  atoll volume create fast 512M --replicas 2 --cache writethrough",
-		Args:    exactArgs(2, "a name and a size, as in: atoll volume create disk1 10G"),
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) == 2 && sizeText == "" {
+				sizeText, args = args[1], args[:1]
+			}
+			if len(args) != 1 || sizeText == "" {
+				return usagef("want a name and a size, as in: atoll volume create disk1 10G; got %s", count(len(args), "argument"))
+			}
+			return nil
+		},
 		RunE: func(cmd *cobra.Command, args []string) error {
-			size, err := ParseSize(args[1])
+			size, err := ParseSize(sizeText)
 			if err != nil {
 				return err
 			}
-			req.Name, req.SizeBytes, req.Replicas = volumeName(args[0]), size, int32(replicas)
+			o := importOptions{}
+			if o.layout, err = layout.override(); err != nil {
+				return err
+			}
+			o.properties()
+			req.Name, req.SizeBytes, req.Properties = volumeName(args[0]), size, o.req.Properties
 			return a.Call(cmd, func(ctx context.Context, c *api.Client) error {
 				r, err := c.Volumes.CreateVolume(ctx, connect.NewRequest(&req))
 				if err != nil {
 					return err
 				}
-				if a.output != "table" {
-					return a.json(r.Msg)
-				}
 				v := r.Msg
-				fmt.Fprintf(a.Out, "%s: %s, thin, %s   %s\n", v.Name, a.size(v.SizeBytes), plural(int(v.Replicas), "copy", "copies"), shellQuote(first(v.Urls)))
-				return nil
+				return a.show(v, func() {
+					fmt.Fprintf(a.Out, "%s: %s, thin, %s   %s\n", v.Name, a.size(v.SizeBytes), plural(int(v.Replicas), "copy", "copies"), shellQuote(first(v.Urls)))
+				})
 			})
 		},
 	}
-	cmd.Flags().IntVar(&replicas, "replicas", 0, "copies, 1 to 5 (default: 3, or as many as there are nodes)")
+	cmd.Flags().Int32Var(&req.Replicas, "replicas", 0, "copies, 1 to 5 (default: 3, or as many as there are nodes)")
 	cmd.Flags().StringVar(&req.Cache, "cache", "", "writeback (durable at FLUSH and FUA; the default) or writethrough (every write durable before its reply)")
 	cmd.Flags().StringVar(&req.Description, "description", "", "a remark, shown in listings")
+	cmd.Flags().StringVar(&sizeText, "size", "", "the size, instead of SIZE")
+	cmd.Flags().StringVar(&req.Owner, "owner", "", "owner (default: you)")
+	layout.add(cmd)
 	return cmd
 }
 
-func (a *App) volumeList() *cobra.Command {
-	return &cobra.Command{
-		Use:     "ls",
-		Aliases: []string{"list"},
-		Short:   "List volumes",
-		Args:    cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			return a.Call(cmd, func(ctx context.Context, c *api.Client) error {
-				all := &atollv1.ListVolumesResponse{}
-				for after := ""; ; {
-					r, err := c.Volumes.ListVolumes(ctx, connect.NewRequest(&atollv1.ListVolumesRequest{After: after}))
-					if err != nil {
-						return err
-					}
-					all.Volumes = append(all.Volumes, r.Msg.Volumes...)
-					if after = r.Msg.Next; after == "" {
-						break
-					}
-				}
-				if a.output == "jsonl" {
-					return jsonLines(a, all.Volumes)
-				}
-				if a.output == "json" {
-					return a.json(all)
-				}
-				rows := make([][]string, 0, len(all.Volumes))
-				for _, v := range all.Volumes {
-					mapped := "-"
-					if v.Open {
-						mapped = a.size(v.MappedBytes)
-					}
-					rows = append(rows, []string{v.Name, a.size(v.SizeBytes), mapped, fmt.Sprint(v.Replicas), v.Cache, fmt.Sprint(v.Connections), ago(v.Created.AsTime())})
-				}
-				a.table([]string{"NAME", ">SIZE", ">MAPPED", ">COPIES", "CACHE", ">CONNS", ">AGE"}, rows)
-				if len(rows) == 0 {
-					a.hint("no volumes yet; make one with: atoll volume create disk1 10G")
-				}
-				return nil
-			})
-		},
+// listVolumes fetches all volumes.
+func listVolumes(ctx context.Context, c *api.Client) ([]*atollv1.Volume, error) {
+	var all []*atollv1.Volume
+	for after := ""; ; {
+		r, err := c.Volumes.ListVolumes(ctx, connect.NewRequest(&atollv1.ListVolumesRequest{After: after}))
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, r.Msg.Volumes...)
+		if after = r.Msg.Next; after == "" {
+			return all, nil
+		}
 	}
 }
 
-func (a *App) volumeInfo() *cobra.Command {
-	return &cobra.Command{
-		Use:     "info NAME",
-		Aliases: []string{"show"},
-		Short:   "Show all about a volume",
-		Args:    exactArgs(1, "a volume's name"),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			v, err := a.volume(cmd, args[0], false)
-			if err != nil {
-				return err
-			}
-			if a.output != "table" {
-				return a.json(v)
-			}
-			line := func(k, format string, args ...any) { fmt.Fprintf(a.Out, "%-12s %s\n", k, fmt.Sprintf(format, args...)) }
-			line("name", "%s", v.Name)
-			line("id", "%s", v.Id)
-			line("size", "%s", a.size(v.SizeBytes))
-			line("copies", "%d", v.Replicas)
-			line("cache", "%s", v.Cache)
-			line("created", "%s", v.Created.AsTime().Local().Format(time.DateTime))
-			if v.Description != "" {
-				line("description", "%s", v.Description)
-			}
-			for _, u := range v.Urls {
-				line("url", "%s", u)
-			}
-			if !v.Open {
-				if v.ServedBy != "" {
-					line("state", "open on another server (process %s)", v.ServedBy)
-				} else {
-					line("state", "idle")
-				}
-				return nil
-			}
-			line("state", "open, epoch %d, %s", v.Epoch, count(int(v.Connections), "connection"))
-			line("mapped", "%s", a.size(v.MappedBytes))
-			live := ""
-			if v.LiveBytes > 0 {
-				live = a.size(v.LiveBytes) + " of it live at the last checkpoint, "
-			}
-			line("log", "%s in %s, %skept %s", a.size(v.LogBytes), count(int(v.Segments), "segment"), live, count(int(v.Replicas), "time"))
-			if v.ShortSegments > 0 {
-				line("short", "%s missing or not verified yet", plural(int(v.ShortSegments), "copy", "copies"))
-			}
-			return nil
-		},
-	}
-}
-
-// volume fetches one volume; open asks the server to open it.
+// volume fetches one volume; open asks the server to open it. Of NAME@VERSION it
+// makes what there would be to say of a volume that is that version.
 func (a *App) volume(cmd *cobra.Command, name string, open bool) (v *atollv1.Volume, err error) {
+	s, err := parseSpec(name)
+	if err != nil {
+		return nil, err
+	}
 	err = a.Call(cmd, func(ctx context.Context, c *api.Client) error {
-		r, err := c.Volumes.GetVolume(ctx, connect.NewRequest(&atollv1.GetVolumeRequest{Name: volumeName(name), Open: open}))
-		if err == nil {
-			v = r.Msg
+		r, err := c.Volumes.GetVolume(ctx, connect.NewRequest(&atollv1.GetVolumeRequest{Name: s.name, Open: open}))
+		if err != nil {
+			return a.didYouMean(ctx, c, s.name, err)
+		}
+		if v = r.Msg; s.version == "" || s.version == versionCur {
 			return nil
 		}
-		return a.didYouMean(ctx, c, name, err)
+		list, err := (&image{c: c, name: s.name}).list(ctx)
+		if err != nil {
+			return err
+		}
+		version := findVersion(list, s.version)
+		if version == nil {
+			return a.didYouMean(ctx, c, s.String(), fmt.Errorf("version %q of volume %q: %w", s.version, s.name, atoll.ErrNotExist))
+		}
+		v, err = asVolume(v, version)
+		return err
 	})
 	return v, err
 }
 
 func (a *App) volumeResize() *cobra.Command {
 	var shrink bool
+	var sizeText string
 	cmd := &cobra.Command{
 		Use:     "resize NAME SIZE",
 		Short:   "Grow a volume, or shrink it with --shrink",
 		Example: "  atoll volume resize disk1 20G",
-		Args:    exactArgs(2, "a name and the new size, as in: atoll volume resize disk1 20G"),
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) == 2 && sizeText == "" {
+				sizeText, args = args[1], args[:1]
+			}
+			if len(args) != 1 || sizeText == "" {
+				return usagef("want a name and the new size, as in: atoll volume resize disk1 20G; got %s", count(len(args), "argument"))
+			}
+			return nil
+		},
 		RunE: func(cmd *cobra.Command, args []string) error {
-			size, err := ParseSize(args[1])
+			size, err := ParseSize(sizeText)
 			if err != nil {
 				return err
 			}
@@ -194,60 +172,69 @@ func (a *App) volumeResize() *cobra.Command {
 			})
 		},
 	}
-	cmd.Flags().BoolVar(&shrink, "shrink", false, "allow a smaller size; what lies beyond is lost")
+	cmd.Flags().BoolVar(&shrink, "shrink", false, "allow a smaller size; what lies beyond is lost, but for versions")
+	cmd.Flags().BoolVar(&shrink, "allow-shrink", false, "the same, as rbd calls it")
+	cmd.Flags().StringVar(&sizeText, "size", "", "the size, instead of SIZE")
+	_ = cmd.Flags().MarkHidden("allow-shrink") // fails only for a flag that is not there
 	return cmd
 }
 
 func (a *App) volumeRemove() *cobra.Command {
-	var dry, yes bool
+	var dry, yes, now bool
 	cmd := &cobra.Command{
 		Use:     "rm NAME...",
 		Aliases: []string{"remove", "delete"},
-		Short:   "Delete volumes and their data",
-		Long:    "Delete volumes and their data. There is no undo; -n shows what would go.",
-		Example: "  atoll volume rm disk1 -n\n  atoll volume rm disk1 --yes",
-		Args: func(_ *cobra.Command, args []string) error {
-			if len(args) == 0 {
-				return usagef("want the name of at least one volume")
-			}
-			return nil
-		},
+		Short:   "Move volumes to the trash, or with --now delete them for good",
+		Long: `Move volumes with all their versions to the trash, from where they come back
+with "atoll volume trash restore" until they expire. With --now they are deleted
+for good and their room is free soon; -n shows what would go. Clones stay.`,
+		Example: "  atoll volume rm disk1\n  atoll volume rm disk1 -n\n  atoll volume rm disk1 --now --yes",
+		Args:    someArgs("the name of at least one volume"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return a.Call(cmd, func(ctx context.Context, c *api.Client) error {
 				for _, name := range args {
-					if !dry && !yes {
-						ok, err := a.confirm("delete volume %s and its data?", name)
+					if strings.Contains(name, "@") {
+						return usagef("%q is a version; delete it with: atoll snap rm %s", name, name)
+					}
+					if now && !dry && !yes {
+						ok, err := a.confirm("delete volume %s and its data for good?", name)
 						if err != nil || !ok {
 							return err
 						}
 					}
-					r, err := c.Volumes.DeleteVolume(ctx, connect.NewRequest(&atollv1.DeleteVolumeRequest{Name: volumeName(name), DryRun: dry}))
+					req := &atollv1.DeleteVolumeRequest{Name: volumeName(name), DryRun: dry, Now: now}
+					r, err := c.Volumes.DeleteVolume(ctx, connect.NewRequest(req))
 					if err != nil {
 						return a.didYouMean(ctx, c, name, err)
 					}
-					verb := "deleted"
-					if dry {
-						verb = "would delete"
+					if err := a.show(r.Msg, func() { a.removed(req, r.Msg) }); err != nil {
+						return err
 					}
-					if a.output != "table" {
-						if err := a.json(r.Msg); err != nil {
-							return err
-						}
-						continue
-					}
-					room := ""
-					if r.Msg.Bytes > 0 {
-						room = fmt.Sprintf(" (%s in each copy)", a.size(r.Msg.Bytes))
-					}
-					fmt.Fprintf(a.Out, "%s %s%s\n", verb, name, room)
 				}
 				return nil
 			})
 		},
 	}
 	cmd.Flags().BoolVarP(&dry, "dry-run", "n", false, "only say what would be deleted")
+	cmd.Flags().BoolVar(&now, "now", false, "for good, not to the trash")
 	cmd.Flags().BoolVarP(&yes, "yes", "y", false, "do not ask")
 	return cmd
+}
+
+// removed tells what became of a volume.
+func (a *App) removed(req *atollv1.DeleteVolumeRequest, r *atollv1.DeleteVolumeResponse) {
+	if r.TrashId != "" {
+		a.moved(req.Name, r.TrashId, r.Expires)
+		return
+	}
+	verb, room := "deleted", ""
+	if req.DryRun {
+		verb = "would delete"
+	}
+	if r.Bytes > 0 {
+		room = fmt.Sprintf(" (%s in each copy)", a.size(r.Bytes))
+	}
+	fmt.Fprintf(a.Out, "%s %s%s\n", verb, req.Name, room)
 }
 
 // confirm asks on the terminal; without one it refuses.
@@ -263,56 +250,63 @@ func (a *App) confirm(format string, args ...any) (bool, error) {
 	return strings.EqualFold(answer, "y") || strings.EqualFold(answer, "yes"), nil
 }
 
-func (a *App) volumeURL() *cobra.Command {
-	var all bool
-	cmd := &cobra.Command{
-		Use:     "url NAME",
-		Short:   "Print the volume's NBD address for other tools",
-		Example: "  nbdinfo \"$(atoll volume url disk1)\"\n  qemu-img info \"$(atoll volume url disk1)\"",
-		Args:    exactArgs(1, "a volume's name"),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			v, err := a.volume(cmd, args[0], false)
-			if err != nil {
-				return err
-			}
-			if a.output != "table" {
-				return a.json(v)
-			}
-			if len(v.Urls) == 0 {
-				return fmt.Errorf("url of %s: no server with a gateway runs: %w", v.Name, atoll.ErrUnavailable)
-			}
-			if !all {
-				v.Urls = v.Urls[:1]
-			}
-			for _, u := range v.Urls {
-				fmt.Fprintln(a.Out, u)
-			}
-			return nil
-		},
-	}
-	cmd.Flags().BoolVar(&all, "all", false, "all addresses, not only the best")
-	return cmd
-}
-
-// didYouMean adds the nearest volume name to a "does not exist".
-func (a *App) didYouMean(ctx context.Context, c *api.Client, name string, err error) error {
-	if !errors.Is(err, atoll.ErrNotExist) {
+// didYouMean adds the nearest name of a volume, or of a version of one that
+// exists, to a "does not exist".
+func (a *App) didYouMean(ctx context.Context, c *api.Client, what string, err error) error {
+	s, perr := parseSpec(what)
+	if !errors.Is(err, atoll.ErrNotExist) || perr != nil {
 		return err
 	}
 	r, lerr := c.Volumes.ListVolumes(ctx, connect.NewRequest(&atollv1.ListVolumesRequest{}))
 	if lerr != nil {
 		return err
 	}
-	best, dist := "", 3
+	names := make([]string, 0, len(r.Msg.Volumes))
 	for _, v := range r.Msg.Volumes {
-		if d := editDistance(volumeName(name), v.Name); d < dist {
-			best, dist = v.Name, d
+		if v.Name == s.name {
+			return didYouMeanVersion(ctx, c, s, err)
+		}
+		names = append(names, v.Name)
+	}
+	if best := nearest(s.name, names); best != "" && best != s.name {
+		s.name = best
+		return api.WithHint(err, fmt.Sprintf("did you mean %q?", s))
+	}
+	return hintOr(err, `"atoll volume ls" lists the volumes`)
+}
+
+// hintOr adds a hint to an error that has none.
+func hintOr(err error, hint string) error {
+	if api.Hint(err) != "" {
+		return err
+	}
+	return api.WithHint(err, hint)
+}
+
+func didYouMeanVersion(ctx context.Context, c *api.Client, s spec, err error) error {
+	r, lerr := (&image{c: c, name: s.name}).list(ctx)
+	if lerr != nil {
+		return err
+	}
+	names := make([]string, 0, len(r.Versions))
+	for _, v := range r.Versions {
+		names = append(names, versionName(v))
+	}
+	if best := nearest(s.version, names); s.version != "" && best != "" && best != s.version {
+		return api.WithHint(err, fmt.Sprintf("did you mean %q?", s.name+"@"+best))
+	}
+	return hintOr(err, fmt.Sprintf(`"atoll volume versions %s" lists the versions`, s.name))
+}
+
+// nearest returns the name that is at most two letters off, "" if there is none.
+func nearest(name string, names []string) string {
+	best, dist := "", 3
+	for _, n := range names {
+		if d := editDistance(name, n); d < dist {
+			best, dist = n, d
 		}
 	}
-	if best != "" {
-		return api.WithHint(err, fmt.Sprintf("did you mean %q?", best))
-	}
-	return api.WithHint(err, `"atoll volume ls" lists the volumes`)
+	return best
 }
 
 // editDistance is Levenshtein's.

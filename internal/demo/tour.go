@@ -1,6 +1,7 @@
 package demo
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -45,6 +46,9 @@ func tour(ctx context.Context, o *Options, dir string, c *api.Client) error {
 	}
 	defer os.Remove(image)
 	if err := t.importImage(ctx, image); err != nil {
+		return err
+	}
+	if err := t.history(ctx); err != nil {
 		return err
 	}
 	if err := t.breakNode(ctx); err != nil {
@@ -179,13 +183,13 @@ func checksum(path string) (sum string, size int64, err error) {
 	return hex.EncodeToString(h.Sum(nil)), size, err
 }
 
-const tourVolume, tourLoad = "tour", "tour-load"
+const tourVolume, tourLoad, tourClone = "tour", "tour-load", "tour-clone"
 
 // create makes a volume and connects to it.
 func (t *tourist) create(ctx context.Context, name string, size int64) (*transfer.NBD, error) {
 	_, err := t.api.Volumes.CreateVolume(ctx, connect.NewRequest(&atollv1.CreateVolumeRequest{Name: name, SizeBytes: size}))
 	if errors.Is(err, atoll.ErrExist) { // of an earlier tour
-		if _, err = t.api.Volumes.DeleteVolume(ctx, connect.NewRequest(&atollv1.DeleteVolumeRequest{Name: name})); err == nil {
+		if _, err = t.api.Volumes.DeleteVolume(ctx, connect.NewRequest(&atollv1.DeleteVolumeRequest{Name: name, Now: true})); err == nil {
 			return t.create(ctx, name, size)
 		}
 	}
@@ -230,6 +234,66 @@ func (t *tourist) importImage(ctx context.Context, path string) error {
 	rate := cli.FormatSize(int64(float64(res.Bytes) / time.Since(start).Seconds()))
 	t.tell("%s of data, durable on three nodes, at %s/s", cli.FormatSize(res.Data), rate)
 	t.note("import", rate+"/s, on stable storage on 3 nodes")
+	return nil
+}
+
+// wreckBytes is how much of the volume the tour destroys.
+const wreckBytes = 64 << 20
+
+// history backs the volume up, destroys a part of it, clones the backup, and
+// goes back to it; the export at the end of the tour shows that all is there.
+func (t *tourist) history(ctx context.Context) error {
+	t.say("Back it up, wreck it, clone the backup, go back to it   (atoll volume backup, clone, restore)")
+	took := func(what string, call func() error) (string, error) {
+		start := time.Now()
+		if err := call(); err != nil {
+			return "", fmt.Errorf("%s: %w", what, err)
+		}
+		return fmt.Sprintf("%.1f ms", float64(time.Since(start).Microseconds())/1000), nil
+	}
+	backup, err := took("backup", func() error {
+		_, err := t.api.Versions.CreateVersion(ctx, connect.NewRequest(&atollv1.CreateVersionRequest{Media: []string{tourVolume}, Name: "clean"}))
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	if err := t.wreck(ctx); err != nil {
+		return err
+	}
+	clone, err := took("clone", func() error {
+		_, err := t.api.Versions.CloneVersion(ctx, connect.NewRequest(&atollv1.CloneVersionRequest{Source: tourVolume + "@clean", Name: tourClone}))
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	restore, err := took("restore", func() error {
+		_, err := t.api.Versions.RestoreVersion(ctx, connect.NewRequest(&atollv1.RestoreVersionRequest{Name: tourVolume + "@clean"}))
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	t.tell("backup %s, clone %s, restore %s; %s overwritten in between", backup, clone, restore, cli.FormatSize(wreckBytes))
+	t.note("backup, clone, restore", fmt.Sprintf("%s, %s, %s: nothing is copied", backup, clone, restore))
+	return nil
+}
+
+// wreck overwrites the beginning of the volume.
+func (t *tourist) wreck(ctx context.Context) error {
+	d, err := t.open(ctx, tourVolume)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	junk := bytes.Repeat([]byte("wreckage"), 1<<17)
+	for off := int64(0); off < min(wreckBytes, d.Size()); off += int64(len(junk)) {
+		n := min(int64(len(junk)), d.Size()-off)
+		if err := d.WriteAt(ctx, junk[:n], off); err != nil {
+			return fmt.Errorf("wreck: %w", err)
+		}
+	}
 	return nil
 }
 
@@ -319,7 +383,7 @@ func (t *tourist) settled(ctx context.Context) error {
 			if err != nil {
 				return err
 			}
-			short += v.Msg.ShortSegments
+			short += v.Msg.GetShortSegments()
 		}
 		if short == 0 {
 			t.tell("every segment has its three copies again")

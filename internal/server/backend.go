@@ -1,17 +1,15 @@
 package server
 
 import (
+	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
 	"sort"
-	"strconv"
 	"strings"
 	"time"
 
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
@@ -23,7 +21,7 @@ import (
 	"github.com/atollstore/atoll/internal/gateway/nbd"
 	"github.com/atollstore/atoll/internal/medium"
 	"github.com/atollstore/atoll/internal/medium/volume"
-	"github.com/atollstore/atoll/internal/pki"
+	"github.com/atollstore/atoll/internal/qos"
 )
 
 // backend does what the control API asks for.
@@ -55,8 +53,10 @@ func (b *backend) Status(ctx context.Context) (*atollv1.GetStatusResponse, error
 			continue
 		}
 		out.NodesTotal++
-		if n.Up {
+		if n.Up && !n.Report.Silent {
 			out.NodesUp++
+		}
+		if n.Up {
 			out.RawTotalBytes += n.Report.Total
 			out.RawFreeBytes += n.Report.Free
 		}
@@ -72,8 +72,20 @@ func (b *backend) Status(ctx context.Context) (*atollv1.GetStatusResponse, error
 	sort.Slice(out.Processes, func(i, j int) bool {
 		return out.Processes[i].Started.AsTime().Before(out.Processes[j].Started.AsTime())
 	})
-	vols, err := b.s.volumes.List(ctx)
-	out.Volumes = int32(len(vols))
+	vols, err := b.s.volumes.count(ctx)
+	if err != nil {
+		return nil, err
+	}
+	out.Volumes = int32(vols)
+	trash, err := b.s.cat.TrashNotes(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for _, t := range trash {
+		out.Trashed++
+		out.TrashBytes += t.Bytes
+	}
+	out.Kept, err = b.kept(ctx)
 	return out, err
 }
 
@@ -86,7 +98,7 @@ func (b *backend) Nodes(context.Context) ([]*atollv1.Node, error) {
 	var out []*atollv1.Node
 	for _, n := range b.s.cat.State().Nodes {
 		m := &atollv1.Node{
-			Id: uint32(n.ID), State: string(n.State), Up: n.Up, Condition: condition(n), Host: n.Host, Rack: n.Rack, Address: n.Addr,
+			Id: uint32(n.ID), State: string(n.State), Up: n.Up && !n.Report.Silent, Condition: condition(n), Host: n.Host, Rack: n.Rack, Address: n.Addr,
 			Process: n.Process.String(), Disk: n.Disk.String(), TotalBytes: n.Report.Total, FreeBytes: n.Report.Free,
 			Segments: int32(n.Report.Segments), OpenSegments: int32(n.Report.Open), Errors: n.Report.Errors,
 			AppendP99: durationpb.New(n.Report.P99),
@@ -110,6 +122,8 @@ func condition(n catalog.Node) string {
 		return string(n.State)
 	case !n.Up:
 		return "down"
+	case n.Report.Silent:
+		return "silent"
 	case n.Report.ReadOnly:
 		return "read-only"
 	case n.Report.Full:
@@ -153,6 +167,8 @@ func (b *backend) Diagnose(context.Context) ([]*atollv1.Finding, error) {
 		switch c := condition(n); c {
 		case "down":
 			out = append(out, &atollv1.Finding{Level: "warn", What: fmt.Sprintf("node %d on %s is down", n.ID, n.Host), Fix: "start its server; its data are served from other copies meanwhile"})
+		case "silent":
+			out = append(out, &atollv1.Finding{Level: "fail", What: fmt.Sprintf("node %d on %s hangs: its server runs, but it does not answer", n.ID, n.Host), Fix: "look at its disk and the kernel's log; restart its server if the disk is well"})
 		case "read-only":
 			out = append(out, &atollv1.Finding{Level: "fail", What: fmt.Sprintf("node %d on %s had disk errors and takes no more writes", n.ID, n.Host), Fix: "replace the disk"})
 		case "full":
@@ -178,11 +194,17 @@ func (b *backend) CreateVolume(ctx context.Context, r *atollv1.CreateVolumeReque
 	if err := volume.CheckSize(r.SizeBytes); err != nil {
 		return nil, err
 	}
-	if r.Cache == "" {
-		r.Cache = "writeback"
+	if err := errors.Join(checkCache(r.Cache), checkProps(nil, r.Properties)); err != nil {
+		return nil, err
 	}
-	if r.Cache != "writeback" && r.Cache != "writethrough" {
-		return nil, fmt.Errorf("cache mode %q: want writeback or writethrough: %w", r.Cache, atoll.ErrInvalid)
+	if r.Owner != "" {
+		if err := catalog.CheckUserName(r.Owner); err != nil {
+			return nil, err
+		}
+	}
+	limits, err := changeLimits(qos.Limits{}, r.Limits)
+	if err != nil {
+		return nil, err
 	}
 	replicas := int(r.Replicas)
 	if replicas == 0 {
@@ -191,21 +213,44 @@ func (b *backend) CreateVolume(ctx context.Context, r *atollv1.CreateVolumeReque
 	if err := b.checkReplicas(replicas); err != nil {
 		return nil, err
 	}
-	rec, err := medium.Create(ctx, b.s.volumes.options(), catalog.Medium{
-		Name: r.Name, Kind: catalog.KindVolume, State: catalog.MediumLive, Owner: "root", Size: r.SizeBytes,
-		Policy: catalog.Policy{Replicas: replicas}, Created: time.Now().UTC(),
-		Props: props(r),
-	})
-	if err != nil {
+	if err := b.checkParent(ctx, r.Name, r.NoParents); err != nil {
 		return nil, err
+	}
+	m := catalog.Medium{
+		Name: r.Name, Kind: catalog.KindVolume, State: catalog.MediumLive, Owner: cmp.Or(r.Owner, catalog.Root), Size: r.SizeBytes,
+		Policy: catalog.Policy{Replicas: replicas}, Created: time.Now().UTC(), Props: newProps(r),
+	}
+	if err := storeLimits(&m, limits); err != nil {
+		return nil, err
+	}
+	defer b.s.metrics.timed("create")()
+	rec, err := medium.Create(ctx, b.s.volumes.options(), m)
+	if err != nil {
+		return nil, named(taken("create volume", r.Name, err), m)
 	}
 	return b.describe(rec), nil
 }
 
-func props(r *atollv1.CreateVolumeRequest) map[string]string {
-	p := map[string]string{propCache: r.Cache}
+// cacheDefault is the cache mode of volumes that ask for none.
+const cacheDefault = "writeback"
+
+func checkCache(mode string) error {
+	if mode != "" && mode != cacheDefault && mode != "writethrough" {
+		return fmt.Errorf("cache mode %q: want writeback or writethrough: %w", mode, atoll.ErrInvalid)
+	}
+	return nil
+}
+
+// newProps are the properties of a new volume's record.
+func newProps(r *atollv1.CreateVolumeRequest) map[string]string {
+	p := map[string]string{propCache: cmp.Or(r.Cache, cacheDefault)}
 	if r.Description != "" {
-		p["description"] = r.Description
+		p[propDescription] = r.Description
+	}
+	for k, v := range r.Properties {
+		if v != "" {
+			p[k] = v
+		}
 	}
 	return p
 }
@@ -231,6 +276,7 @@ func (b *backend) checkReplicas(n int) error {
 // Volumes implements api.Backend.
 func (b *backend) Volumes(ctx context.Context, after string, limit int) ([]*atollv1.Volume, error) {
 	var out []*atollv1.Volume
+	g := b.glance()
 	for len(out) < limit {
 		recs, err := b.s.cat.Media(ctx, after, limit)
 		if err != nil {
@@ -238,7 +284,7 @@ func (b *backend) Volumes(ctx context.Context, after string, limit int) ([]*atol
 		}
 		for _, r := range recs {
 			if r.Kind == catalog.KindVolume && r.State == catalog.MediumLive && len(out) < limit {
-				out = append(out, b.describe(r))
+				out = append(out, b.describeAt(g, r))
 			}
 		}
 		if len(recs) < limit {
@@ -251,9 +297,22 @@ func (b *backend) Volumes(ctx context.Context, after string, limit int) ([]*atol
 
 // Volume implements api.Backend.
 func (b *backend) Volume(ctx context.Context, name string, open bool) (*atollv1.Volume, error) {
+	name, spec, err := splitSpec(name)
+	if err == nil && !spec.IsZero() {
+		err = api.WithHint(fmt.Errorf("volume %q: a version was named: %w", name, atoll.ErrInvalid), "\"atoll volume versions "+name+"\" shows its versions")
+	}
+	if err != nil {
+		return nil, err
+	}
 	rec, err := b.s.volumes.find(ctx, name)
 	if err != nil {
 		return nil, err
+	}
+	if out, done, err := forward(ctx, b, rec, &atollv1.GetVolumeRequest{Name: name, Open: open}, volumesGet); done {
+		if err == nil || open || !unreached(err) {
+			return out, err
+		}
+		b.s.log.Debug("owner of a volume not asked", "medium", rec.ID, "err", err)
 	}
 	if open {
 		o, err := b.s.volumes.acquire(ctx, rec)
@@ -263,36 +322,92 @@ func (b *backend) Volume(ctx context.Context, name string, open bool) (*atollv1.
 		defer b.s.volumes.release(o)
 	}
 	v := b.describe(rec)
+	if rec.Parent != nil {
+		v.Parent, v.KeptBytes = b.parentName(ctx, *rec.Parent), b.keptFor(ctx, rec)
+	}
 	if h, err := b.s.cat.Head(ctx, rec.ID); err == nil && !h.Process.IsZero() {
 		v.ServedBy = h.Process.String()
 	}
 	return v, nil
 }
 
-// describe is all that is known of a volume without asking anyone.
-func (b *backend) describe(r catalog.Medium) *atollv1.Volume {
-	v := &atollv1.Volume{
-		Id: r.ID.String(), Name: r.Name, SizeBytes: r.Size, Replicas: int32(r.Policy.Replicas), Cache: r.Props[propCache],
-		Created: timestamppb.New(r.Created), Owner: r.Owner, Urls: b.urls(r.Name), Description: r.Props["description"],
+// unreached reports whether an error says nothing but that a server did not
+// answer.
+func unreached(err error) bool {
+	return errors.Is(err, atoll.ErrUnreachable) || errors.Is(err, atoll.ErrTimeout)
+}
+
+// parentName is NAME@VERSION of what a clone began as, with the parent's id if
+// it has no name any more.
+func (b *backend) parentName(ctx context.Context, p catalog.Parent) string {
+	m, err := b.s.cat.Medium(ctx, p.Medium)
+	if err != nil || m.State != catalog.MediumLive {
+		return fmt.Sprintf("%v@%d", p.Medium, p.Version)
 	}
+	for _, o := range b.s.volumes.list() {
+		if o.id != p.Medium || !o.usable() {
+			continue
+		}
+		st := o.state()
+		if v := st.Find(p.Version); v != nil && !v.Hidden() {
+			return m.Name + "@" + versionLabel(*v)
+		}
+	}
+	return fmt.Sprintf("%s@%d", m.Name, p.Version)
+}
+
+// glance is what this server has open, looked at once for many volumes.
+type glance struct {
+	connections map[string]int32 // by export
+	open        map[atoll.MediumID]*openVolume
+}
+
+func (b *backend) glance() glance {
+	g := glance{map[string]int32{}, map[atoll.MediumID]*openVolume{}}
 	if b.s.nbd != nil {
 		for _, c := range b.s.nbd.Connections() {
-			if c.Export == r.Name {
-				v.Connections++
-			}
+			g.connections[c.Export]++
 		}
 	}
 	for _, o := range b.s.volumes.list() {
-		if o.id != r.ID || !o.usable() {
-			continue
-		}
-		ms, vs := o.medium.Stats(), o.vol.Stats()
-		v.Open, v.Epoch = true, uint64(ms.Epoch)
-		v.MappedBytes = vs.MappedBlocks * atoll.BlockSize
-		v.LogBytes, v.LiveBytes, v.Segments = ms.Stored+ms.Log, ms.Live, int32(ms.Segments)
-		v.ShortSegments = int32(ms.Unverified)
+		g.open[o.id] = o
+	}
+	return g
+}
+
+// describe is all that is known of a volume without asking anyone.
+func (b *backend) describe(r catalog.Medium) *atollv1.Volume { return b.describeAt(b.glance(), r) }
+
+func (b *backend) describeAt(g glance, r catalog.Medium) *atollv1.Volume {
+	v := &atollv1.Volume{
+		Id: r.ID.String(), Name: r.Name, SizeBytes: r.Size, Replicas: int32(r.Policy.Replicas), Cache: r.Props[propCache],
+		Created: timestamppb.New(r.Created), Owner: r.Owner, Urls: b.urls(r.Name), Description: r.Props[propDescription],
+		Connections: g.connections[r.Name], Properties: freeProps(r), Limits: limitsMessage(limitsOf(r)), Schedule: r.Props[propSchedule],
+	}
+	if r.Parent != nil {
+		v.Parent = fmt.Sprintf("%v@%d", r.Parent.Medium, r.Parent.Version)
+	}
+	if r.Trash != nil {
+		v.Expires = timestamppb.New(r.Trash.Expires)
+	}
+	if o := g.open[r.ID]; o != nil && o.usable() {
+		describeOpen(v, o)
 	}
 	return v
+}
+
+// describeOpen adds what only an open volume tells.
+func describeOpen(v *atollv1.Volume, o *openVolume) {
+	ms, vs, st := o.medium.Stats(), o.vol.Stats(), o.state()
+	v.Open, v.Epoch, v.SizeBytes = true, uint64(ms.Epoch), o.vol.Size()
+	v.MappedBytes = proto.Int64(vs.MappedBlocks * atoll.BlockSize)
+	v.LogBytes, v.LiveBytes, v.Segments = proto.Int64(ms.Stored+ms.Log), proto.Int64(ms.Live), proto.Int32(int32(ms.Segments))
+	v.ReclaimableBytes, v.ShortSegments = proto.Int64(ms.Reclaimable), proto.Int32(int32(ms.Unverified))
+	seen := visible(st)
+	v.Release, v.Versions, v.Last = proto.Uint64(st.Release), proto.Int32(int32(len(seen))), proto.Uint64(0)
+	if n := len(seen); n > 0 {
+		v.Last = proto.Uint64(seen[n-1].Number)
+	}
 }
 
 // urls lists how to reach a volume over NBD, the quickest first.
@@ -307,17 +422,25 @@ func (b *backend) urls(name string) []string {
 	return out
 }
 
-// ResizeVolume implements api.Backend.
+// ResizeVolume implements api.Backend. An import that is under way resizes its
+// volume under the name of its export.
 func (b *backend) ResizeVolume(ctx context.Context, name string, size int64, shrink bool) (*atollv1.Volume, error) {
 	if err := volume.CheckSize(size); err != nil {
 		return nil, err
 	}
-	rec, err := b.s.volumes.find(ctx, name)
+	vol, version, staging := splitName(name)
+	if version != "" {
+		return nil, fmt.Errorf("resize %q: a version keeps its size: %w", name, atoll.ErrReadOnly)
+	}
+	rec, err := b.s.volumes.find(ctx, vol)
 	if err != nil {
 		return nil, err
 	}
+	if out, done, err := forward(ctx, b, rec, &atollv1.ResizeVolumeRequest{Name: name, SizeBytes: size, Shrink: shrink}, volumesResize); done {
+		return out, err
+	}
 	if size < rec.Size && !shrink {
-		return nil, api.WithHint(fmt.Errorf("resize volume %q from %s to %s would lose what lies beyond: %w", name, formatSize(rec.Size), formatSize(size), atoll.ErrInvalid),
+		return nil, api.WithHint(fmt.Errorf("resize volume %q from %s to %s would lose what lies beyond: %w", vol, atoll.FormatSize(rec.Size), atoll.FormatSize(size), atoll.ErrInvalid),
 			"say --shrink if you mean it")
 	}
 	o, err := b.s.volumes.acquire(ctx, rec)
@@ -325,51 +448,17 @@ func (b *backend) ResizeVolume(ctx context.Context, name string, size int64, shr
 		return nil, err
 	}
 	defer b.s.volumes.release(o)
-	if err := o.vol.Resize(ctx, size); err != nil {
+	if err := b.s.volumes.admit(o, staging); err != nil {
 		return nil, err
+	}
+	defer b.s.metrics.timed("resize")()
+	if err := o.vol.Resize(ctx, size); err != nil {
+		return nil, named(err, rec)
 	}
 	if rec, err = b.s.cat.Medium(ctx, rec.ID); err != nil {
 		return nil, err
 	}
 	return b.describe(rec), nil
-}
-
-// DeleteVolume implements api.Backend.
-func (b *backend) DeleteVolume(ctx context.Context, name string, dryRun bool) (int64, error) {
-	rec, err := b.s.volumes.find(ctx, name)
-	if err != nil {
-		return 0, err
-	}
-	v := b.describe(rec)
-	for range 50 { // a client that has just left may not be gone here yet
-		if v.Connections == 0 {
-			break
-		}
-		select {
-		case <-time.After(20 * time.Millisecond):
-			v = b.describe(rec)
-		case <-ctx.Done():
-			return 0, fmt.Errorf("delete volume %q: %w", name, atoll.ErrTimeout)
-		}
-	}
-	bytes := v.LogBytes
-	if v.Connections > 0 {
-		return 0, api.WithHint(fmt.Errorf("volume %q has %d NBD connections: %w", name, v.Connections, atoll.ErrBusy), "disconnect its clients first")
-	}
-	if dryRun {
-		o, err := b.s.volumes.acquire(ctx, rec) // only an open one tells its size
-		if err == nil {
-			bytes = b.describe(rec).LogBytes
-			b.s.volumes.release(o)
-		}
-		return bytes, nil
-	}
-	for _, o := range b.s.volumes.list() {
-		if o.id == rec.ID && !b.s.volumes.closeIdle(o, 0) {
-			return 0, fmt.Errorf("volume %q is in use: %w", name, atoll.ErrBusy)
-		}
-	}
-	return bytes, b.s.volumes.elsewhere(ctx, rec, medium.Delete(ctx, b.s.volumes.options(), rec.ID))
 }
 
 // Inject implements api.DemoBackend.
@@ -380,128 +469,4 @@ func (b *backend) Inject(ctx context.Context, id atoll.NodeID, fault string, del
 // AddNode implements api.DemoBackend.
 func (b *backend) AddNode(ctx context.Context) (atoll.NodeID, string, error) {
 	return b.s.disks.add(ctx)
-}
-
-// tokenPath is where the record of a join token is kept; its secret is not.
-func (h *home) tokenPath(id string) string { return h.path("tokens", id+".json") }
-
-// CreateToken implements api.Backend.
-func (b *backend) CreateToken(_ context.Context, ttl time.Duration) (string, time.Time, error) {
-	h := b.s.home
-	if h.ca == nil {
-		return "", time.Time{}, api.WithHint(fmt.Errorf("this server does not keep the cluster's authority: %w", atoll.ErrUnsupported), "ask the server that founded the cluster")
-	}
-	if ttl == 0 {
-		ttl = time.Hour
-	}
-	if ttl > 24*time.Hour {
-		return "", time.Time{}, fmt.Errorf("a token for %s: want at most 24h: %w", ttl, atoll.ErrInvalid)
-	}
-	tok, rec, err := pki.NewToken(h.ca.Hash(), []string{"controller", "node", "gateway"}, ttl, time.Now())
-	if err != nil {
-		return "", time.Time{}, err
-	}
-	text, err := json.Marshal(rec)
-	if err == nil {
-		err = os.MkdirAll(h.path("tokens"), 0o700)
-	}
-	if err == nil {
-		err = writeFile(h.tokenPath(rec.ID), text)
-	}
-	return tok.Text(), rec.Expires, err
-}
-
-// Join implements api.Backend.
-func (b *backend) Join(ctx context.Context, r *atollv1.JoinRequest) (*atollv1.JoinResponse, error) {
-	h := b.s.home
-	if h.ca == nil {
-		return nil, fmt.Errorf("this server does not keep the cluster's authority; join through the one that founded it: %w", atoll.ErrUnsupported)
-	}
-	tok, err := pki.ParseToken(r.Token)
-	if err != nil {
-		return nil, err
-	}
-	var rec pki.TokenRecord
-	text, err := os.ReadFile(h.tokenPath(tok.ID))
-	if err != nil || json.Unmarshal(text, &rec) != nil {
-		return nil, fmt.Errorf("join token %s is not known here: %w", tok.ID, atoll.ErrDenied)
-	}
-	if err := rec.Verify(tok.ID, tok.Secret, time.Now()); err != nil {
-		return nil, err
-	}
-	id := newMemberID()
-	cert, err := h.ca.IssueRequest(r.Csr, pki.Grant{Member: id, Roles: r.Roles, Hosts: localHosts()}, time.Now())
-	if err != nil {
-		return nil, err
-	}
-	resp := &atollv1.JoinResponse{Certificate: cert, Ca: h.ca.CertPEM(), ClusterId: b.s.cluster.ID.String(), MemberId: id}
-	for _, p := range b.s.cat.State().Processes {
-		for _, role := range p.Roles {
-			if role == "controller" && p.Wire != "" {
-				resp.Members = append(resp.Members, p.Wire)
-			}
-		}
-	}
-	if r.PeerUrl != "" {
-		if b.s.etcd == nil {
-			return nil, fmt.Errorf("the catalog is an external etcd; join without the controller role: %w", atoll.ErrUnsupported)
-		}
-		initial, err := b.addController(ctx, id, strings.TrimPrefix(r.PeerUrl, "https://"))
-		if err != nil {
-			return nil, err
-		}
-		parts := make([]string, 0, len(initial))
-		for name, addr := range initial {
-			parts = append(parts, name+"="+addr)
-		}
-		sort.Strings(parts)
-		resp.InitialCluster = strings.Join(parts, ",")
-	}
-	// One token admits one server.
-	if err := os.Remove(h.tokenPath(tok.ID)); err != nil {
-		return nil, errors.Join(fmt.Errorf("use up join token %s", tok.ID), err)
-	}
-	b.s.log.Info("server admitted", "member", id, "roles", r.Roles)
-	return resp, nil
-}
-
-// addController lets an etcd member join. Only one at a time may be catching up,
-// so others wait.
-func (b *backend) addController(ctx context.Context, id, peer string) (map[string]string, error) {
-	ctx, cancel := context.WithTimeout(ctx, 15*time.Second)
-	defer cancel()
-	for {
-		initial, err := b.s.etcd.AddMember(ctx, id, peer)
-		if err == nil {
-			return initial, nil
-		}
-		select {
-		case <-time.After(500 * time.Millisecond):
-		case <-ctx.Done():
-			return nil, err
-		}
-	}
-}
-
-// DemoConfig is the configuration of "atoll demo": nodes directories under dir,
-// each with its limit.
-func DemoConfig(dir string, nodes int, listen, nbdAddr, limit string) (*Config, error) {
-	c := &Config{origins: map[string]string{}, nodes: nodes}
-	set := map[string]string{"data": dir, "listen": listen, "nbd": nbdAddr, "disk-limit": limit, "spare": "1", "memory": "512M"}
-	for _, s := range settings() {
-		value, origin := s.def, "default"
-		if v, ok := set[s.key]; ok {
-			value, origin = v, "demo"
-		}
-		if err := s.set(c, value); err != nil {
-			return nil, fmt.Errorf("demo: %s = %q: %w", s.key, value, err)
-		}
-		c.origins[s.key] = origin
-	}
-	// Later demos find the nodes that were added to earlier ones.
-	for ; ; c.nodes++ {
-		if _, err := os.Stat(filepath.Join(dir, "disks", strconv.Itoa(c.nodes+1))); err != nil {
-			return c, c.check()
-		}
-	}
 }

@@ -8,6 +8,7 @@ import (
 
 	"github.com/atollstore/atoll/internal/api/atollv1"
 	"github.com/atollstore/atoll/internal/atoll"
+	"github.com/atollstore/atoll/internal/catalog"
 )
 
 // CheckVolume implements api.Backend. With readAll every copy of every segment
@@ -18,6 +19,14 @@ func (b *backend) CheckVolume(ctx context.Context, name string, readAll bool) (*
 	if err != nil {
 		return nil, err
 	}
+	if out, done, err := forward(ctx, b, rec, &atollv1.CheckVolumeRequest{Name: name, ReadAll: readAll}, volumesCheck); done {
+		return out, err
+	}
+	return b.check(ctx, rec, readAll)
+}
+
+// check does what CheckVolume wants of a medium that is this server's.
+func (b *backend) check(ctx context.Context, rec catalog.Medium, readAll bool) (*atollv1.CheckVolumeResponse, error) {
 	o, err := b.s.volumes.acquire(ctx, rec)
 	if err != nil {
 		return nil, err

@@ -9,6 +9,7 @@ import (
 	"sort"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/pelletier/go-toml/v2"
 	"github.com/spf13/pflag"
@@ -32,12 +33,18 @@ type Config struct {
 	TLSCA      string // clients must show a certificate of this authority
 	Join       string // API address of a server of the cluster to join
 	Token      string
-	Etcd       []string // external etcd endpoints instead of the embedded one
-	Replicas   int      // default for new media, 0 = min(3, nodes)
-	Memory     int64    // bytes for caches and buffers together
-	DiskLimit  int64    // bytes that a node may use, 0 = the disk
-	Spare      int      // prewritten segment files kept ready on each disk
-	Host, Rack string   // failure domains
+	Etcd       []string      // external etcd endpoints instead of the embedded one
+	Replicas   int           // default for new media, 0 = min(3, nodes)
+	Memory     int64         // bytes for caches and buffers together
+	DiskLimit  int64         // bytes that a node may use, 0 = the disk
+	Spare      int           // prewritten segment files kept ready on each disk
+	Host, Rack string        // failure domains
+	TrashKeep  time.Duration // how long removed media can be brought back; 0: not at all
+	CurveAuth  string        // trust, strict, or empty for what fits the address
+	CurveRoot  string        // root's password for Curve's clients, while the user root has none
+	CurveSizes string        // lengths that Curve's clients may give volumes: curve or any
+	CurveOpen  bool          // a refused open tells Curve's clients its true code
+	CurveLimit bool          // volumes of Curve's clients get the limits that Curve computes
 	LogLevel   string
 	LogFormat  string
 
@@ -48,7 +55,7 @@ type Config struct {
 // setting ties a key to a field.
 type setting struct {
 	key, def, usage string
-	list            bool
+	list, boolean   bool
 	secret          bool
 	set             func(*Config, string) error
 	get             func(*Config) string
@@ -84,16 +91,70 @@ func num(field func(*Config) *int, low, high int) (func(*Config, string) error, 
 		func(c *Config) string { return strconv.Itoa(*field(c)) }
 }
 
+func boolean(field func(*Config) *bool) (func(*Config, string) error, func(*Config) string) {
+	return func(c *Config, v string) error {
+			b, err := strconv.ParseBool(v)
+			if err != nil {
+				return fmt.Errorf("want true or false: %w", atoll.ErrInvalid)
+			}
+			*field(c) = b
+			return nil
+		},
+		func(c *Config) string { return strconv.FormatBool(*field(c)) }
+}
+
 func size(field func(*Config) *int64) (func(*Config, string) error, func(*Config) string) {
 	return func(c *Config, v string) error {
-			n, err := parseSize(v)
+			n, err := atoll.ParseSize(v)
 			if err != nil {
 				return err
 			}
 			*field(c) = n
 			return nil
 		},
-		func(c *Config) string { return formatSize(*field(c)) }
+		func(c *Config) string { return atoll.FormatSize(*field(c)) }
+}
+
+func span(field func(*Config) *time.Duration) (func(*Config, string) error, func(*Config) string) {
+	return func(c *Config, v string) error {
+			d, err := parseSpan(v)
+			if err != nil {
+				return err
+			}
+			*field(c) = d
+			return nil
+		},
+		func(c *Config) string { return formatSpan(*field(c)) }
+}
+
+// parseSpan reads a time such as 90m, 24h or 7d.
+func parseSpan(text string) (time.Duration, error) {
+	bad := fmt.Errorf("want a time such as 90m, 24h or 7d: %w", atoll.ErrInvalid)
+	if days, ok := strings.CutSuffix(text, "d"); ok {
+		n, err := strconv.Atoi(days)
+		if err != nil || n < 0 || n > 36500 {
+			return 0, bad
+		}
+		return time.Duration(n) * 24 * time.Hour, nil
+	}
+	d, err := time.ParseDuration(text)
+	if err != nil || d < 0 {
+		return 0, bad
+	}
+	return d, nil
+}
+
+// formatSpan is the inverse of parseSpan.
+func formatSpan(d time.Duration) string {
+	for _, u := range []struct {
+		unit time.Duration
+		name string
+	}{{time.Hour, "h"}, {time.Minute, "m"}, {time.Second, "s"}} {
+		if d >= u.unit && d%u.unit == 0 {
+			return strconv.FormatInt(int64(d/u.unit), 10) + u.name
+		}
+	}
+	return d.String()
 }
 
 // settings returns the table of all settings, in the order of help texts.
@@ -141,6 +202,18 @@ func settings() []setting {
 	add("host", "", "name of this machine as a failure domain (default: the host name)", s, g)
 	s, g = str(func(c *Config) *string { return &c.Rack })
 	add("rack", "", "name of the rack it stands in", s, g)
+	s, g = span(func(c *Config) *time.Duration { return &c.TrashKeep })
+	add("trash-keep", "24h", "how long removed volumes stay in the trash (0: they are deleted at once)", s, g)
+	s, g = str(func(c *Config) *string { return &c.CurveAuth })
+	add("curve-auth", "", "Curve's clients: trust their word who they are, or strict, every user proves a password (default: trust on loopback, else strict)", s, g)
+	s, g = str(func(c *Config) *string { return &c.CurveRoot })
+	add("curve-root-password", "", "password of root for Curve's clients while the user root has none of its own (default: the one that Curve is shipped with)", s, g).secret = true
+	s, g = str(func(c *Config) *string { return &c.CurveSizes })
+	add("curve-sizes", "curve", "lengths of the volumes that Curve's clients make: curve (10 GiB to 20 TiB in steps of 1 GiB) or any", s, g)
+	s, g = boolean(func(c *Config) *bool { return &c.CurveOpen })
+	add("curve-precise-open", "false", "a refused open tells Curve's clients why, not always -2", s, g).boolean = true
+	s, g = boolean(func(c *Config) *bool { return &c.CurveLimit })
+	add("curve-default-limits", "false", "volumes that Curve's clients make get the limits that Curve computes from their length", s, g).boolean = true
 	s, g = str(func(c *Config) *string { return &c.LogLevel })
 	add("log-level", "info", "debug, info, warn or error", s, g)
 	s, g = str(func(c *Config) *string { return &c.LogFormat })
@@ -171,6 +244,9 @@ func AddFlags(fs *pflag.FlagSet) {
 			continue
 		}
 		fs.String(s.key, s.def, s.usage)
+		if s.boolean {
+			fs.Lookup(s.key).NoOptDefVal = "true"
+		}
 	}
 }
 
@@ -357,12 +433,18 @@ func (c *Config) check() error {
 		return fmt.Errorf("--nbd-tls-cert and --nbd-tls-key go together: %w", atoll.ErrInvalid)
 	}
 	if c.Memory < 64<<20 {
-		return fmt.Errorf("setting memory = %s: want at least 64M: %w", formatSize(c.Memory), atoll.ErrInvalid)
+		return fmt.Errorf("setting memory = %s: want at least 64M: %w", atoll.FormatSize(c.Memory), atoll.ErrInvalid)
 	}
 	if c.Join != "" && c.Token == "" {
 		if _, err := os.Stat(filepath.Join(c.Data, memberFile)); err != nil {
 			return fmt.Errorf(`--join needs --token the first time; make one there with "atoll token create": %w`, atoll.ErrInvalid)
 		}
+	}
+	if c.CurveAuth != "" && c.CurveAuth != "trust" && c.CurveAuth != "strict" {
+		return fmt.Errorf("setting curve-auth = %q: want trust or strict: %w", c.CurveAuth, atoll.ErrInvalid)
+	}
+	if c.CurveSizes != "curve" && c.CurveSizes != "any" {
+		return fmt.Errorf("setting curve-sizes = %q: want curve or any: %w", c.CurveSizes, atoll.ErrInvalid)
 	}
 	if c.LogFormat != "text" && c.LogFormat != "json" {
 		return fmt.Errorf("setting log-format = %q: want text or json: %w", c.LogFormat, atoll.ErrInvalid)
@@ -404,43 +486,25 @@ func (c *Config) has(role string) bool {
 // and would starve those that fill the next batch.
 func Procs() int { return max(4, 2*runtime.NumCPU()) }
 
-// parseSize reads 512M, 10G, 10GiB (powers of 1024), 10GB (powers of 1000), 0B.
-func parseSize(s string) (int64, error) {
-	i := strings.IndexFunc(s, func(r rune) bool { return r < '0' || r > '9' })
-	if i <= 0 {
-		return 0, fmt.Errorf("want a whole number with a unit, like 512M or 10G: %w", atoll.ErrInvalid)
-	}
-	n, err := strconv.ParseInt(s[:i], 10, 64)
-	if err != nil {
-		return 0, fmt.Errorf("want a whole number with a unit, like 512M or 10G: %w", atoll.ErrInvalid)
-	}
-	unit := strings.ToUpper(s[i:])
-	if unit == "B" {
-		return n, nil
-	}
-	exp := strings.IndexByte("KMGTP", unit[0]) + 1
-	base := int64(1024)
-	switch {
-	case exp == 0 || len(unit) == 2 && unit[1] != 'B' || len(unit) == 3 && unit[1:] != "IB" || len(unit) > 3:
-		return 0, fmt.Errorf("unknown unit %q; want B, K, M, G, T or KB, MB, GB, TB: %w", s[i:], atoll.ErrInvalid)
-	case len(unit) == 2:
-		base = 1000
-	}
-	for range exp {
-		if n > (1<<62)/base {
-			return 0, fmt.Errorf("%s: %w", s, atoll.ErrTooLarge)
+// DemoConfig is the configuration of "atoll demo": nodes directories under dir,
+// each with its limit.
+func DemoConfig(dir string, nodes int, listen, nbdAddr, limit string) (*Config, error) {
+	c := &Config{origins: map[string]string{}, nodes: nodes}
+	set := map[string]string{"data": dir, "listen": listen, "nbd": nbdAddr, "disk-limit": limit, "spare": "1", "memory": "512M"}
+	for _, s := range settings() {
+		value, origin := s.def, "default"
+		if v, ok := set[s.key]; ok {
+			value, origin = v, "demo"
 		}
-		n *= base
+		if err := s.set(c, value); err != nil {
+			return nil, fmt.Errorf("demo: %s = %q: %w", s.key, value, err)
+		}
+		c.origins[s.key] = origin
 	}
-	return n, nil
-}
-
-// formatSize is the inverse of parseSize for round sizes.
-func formatSize(n int64) string {
-	for i := 4; i > 0; i-- {
-		if unit := int64(1) << (10 * i); n >= unit && n%unit == 0 {
-			return strconv.FormatInt(n/unit, 10) + string("KMGT"[i-1])
+	// Later demos find the nodes that were added to earlier ones.
+	for ; ; c.nodes++ {
+		if _, err := os.Stat(filepath.Join(dir, "disks", strconv.Itoa(c.nodes+1))); err != nil {
+			return c, c.check()
 		}
 	}
-	return strconv.FormatInt(n, 10) + "B"
 }

@@ -67,7 +67,7 @@ func TestConfigErrors(t *testing.T) {
 		{"unknown key", write("memory = \"1G\"\ndisklimit = \"1G\"\n"), nil, `:2: unknown setting "disklimit"; did you mean "disk`, atoll.ErrInvalid},
 		{"not TOML", write("memory = = 1"), nil, "read configuration", atoll.ErrInvalid},
 		{"no such file", "ATOLL_CONFIG=/nowhere/x.toml", nil, "/nowhere/x.toml", atoll.ErrInvalid},
-		{"bare size", none, []string{"--memory", "512"}, `setting memory = "512" (flag --memory): want a whole number with a unit`, atoll.ErrInvalid},
+		{"bare size", none, []string{"--memory", "512"}, `setting memory = "512" (flag --memory): size "512" has no unit`, atoll.ErrInvalid},
 		{"bad unit", none, []string{"--memory", "512X"}, "unknown unit", atoll.ErrInvalid},
 		{"huge", none, []string{"--disk-limit", "99999999999P"}, "99999999999P", atoll.ErrTooLarge},
 		{"little memory", none, []string{"--memory", "1M"}, "at least 64M", atoll.ErrInvalid},
@@ -78,30 +78,13 @@ func TestConfigErrors(t *testing.T) {
 		{"open NBD", none, []string{"--nbd", "10.0.0.1:10809"}, "--nbd-tls-ca", atoll.ErrDenied},
 		{"half a certificate", none, []string{"--nbd-tls-cert", "x"}, "go together", atoll.ErrInvalid},
 		{"join without token", none, []string{"--join", "h:1", "--data", t.TempDir()}, "atoll token create", atoll.ErrInvalid},
+		{"curve sizes", none, []string{"--curve-sizes", "odd"}, "curve or any", atoll.ErrInvalid},
+		{"no bool", none, []string{"--curve-precise-open=maybe"}, `setting curve-precise-open = "maybe" (flag --curve-precise-open): want true or false`, atoll.ErrInvalid},
 		{"log format", none, []string{"--log-format", "xml"}, "text or json", atoll.ErrInvalid},
 	} {
 		_, err := load(t, []string{w.env}, w.args...)
 		if err == nil || !strings.Contains(err.Error(), w.want) || !errors.Is(err, w.kind) {
 			t.Errorf("%s: %v", w.name, err)
-		}
-	}
-}
-
-func TestConfigSizes(t *testing.T) {
-	for text, want := range map[string]int64{
-		"0B": 0, "7B": 7, "1K": 1 << 10, "1KiB": 1 << 10, "1kb": 1000, "3M": 3 << 20, "10G": 10 << 30, "10GB": 10_000_000_000, "2TiB": 2 << 40, "1P": 1 << 50,
-	} {
-		got, err := parseSize(text)
-		if err != nil || got != want {
-			t.Errorf("%s: %d, %v", text, got, err)
-		}
-		if back, err := parseSize(formatSize(got)); err != nil || back != want {
-			t.Errorf("%s: %s reads as %d, %v", text, formatSize(got), back, err)
-		}
-	}
-	for _, text := range []string{"", "G", "1", "1.5G", "-1G", "1GG", "1GiBB", "1XB", "1 G"} {
-		if n, err := parseSize(text); err == nil {
-			t.Errorf("%q reads as %d", text, n)
 		}
 	}
 }

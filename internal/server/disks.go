@@ -37,8 +37,9 @@ type disk struct {
 
 // diskSet holds the storage nodes of this process.
 type diskSet struct {
-	s  *Server
-	mu struct {
+	s     *Server
+	reads *host.Reads // of all disks
+	mu    struct {
 		sync.RWMutex
 		disks      map[atoll.NodeID]*disk
 		committers map[uint64]*node.Committer // by file system
@@ -73,6 +74,7 @@ func (d *diskSet) openAll(ctx context.Context, paths []string) error {
 		}
 		seen[p] = true
 	}
+	d.reads = host.NewReads()
 	for _, p := range paths {
 		if _, err := d.open(ctx, p); err != nil {
 			return fmt.Errorf("disk %s: %w", p, err)
@@ -87,7 +89,7 @@ func (d *diskSet) open(ctx context.Context, path string) (*disk, error) {
 	if err := os.MkdirAll(path, 0o700); err != nil {
 		return nil, fmt.Errorf("%v: %w", err, atoll.ErrInvalid)
 	}
-	dir, err := host.OpenDir(path)
+	dir, err := host.OpenDirWith(path, host.DirOptions{Reads: d.reads})
 	if err != nil {
 		return nil, err
 	}
@@ -204,10 +206,19 @@ func (d *diskSet) lookup(id atoll.NodeID) (wire.Node, atoll.UUID, bool) {
 	return k.node, k.id.Incarnation, true
 }
 
-// report sends each node's report every second.
+// reportTimeout is how long a node may take to say how it is. One that takes
+// longer is reported as silent.
+const reportTimeout = 2 * time.Second
+
+// report sends each node's report every second. A node that hangs does not hold
+// up those of others.
 func (d *diskSet) report(ctx context.Context) {
 	t := time.NewTicker(time.Second)
 	defer t.Stop()
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	var mu sync.Mutex
+	busy := map[atoll.NodeID]bool{}
 	for {
 		select {
 		case <-ctx.Done():
@@ -215,28 +226,55 @@ func (d *diskSet) report(ctx context.Context) {
 		case <-t.C:
 		}
 		for _, k := range d.list() {
-			if k.node == nil || k.fate == "paused" {
+			id := k.reg.ID
+			mu.Lock()
+			skip := busy[id] || k.node == nil
+			busy[id] = busy[id] || !skip
+			mu.Unlock()
+			if skip {
 				continue
 			}
-			if err := d.reportOne(ctx, k); err != nil && ctx.Err() == nil {
-				d.s.log.Debug("report not taken", "node", k.reg.ID, "err", err)
-			}
+			wg.Go(func() {
+				if err := d.reportOne(ctx, k); err != nil && ctx.Err() == nil {
+					d.s.log.Debug("report not taken", "node", id, "err", err)
+				}
+				mu.Lock()
+				busy[id] = false
+				mu.Unlock()
+			})
 		}
 	}
 }
 
 func (d *diskSet) reportOne(ctx context.Context, k *disk) error {
-	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
-	defer cancel()
-	st, err := k.node.Stat(ctx)
+	asked, cancel := context.WithTimeout(ctx, reportTimeout)
+	st, err := k.node.Stat(asked)
+	cancel()
+	if err != nil && ctx.Err() == nil && asked.Err() != nil {
+		return d.reportSilent(ctx, k)
+	}
 	if err != nil {
 		return err
 	}
+	ctx, cancel = context.WithTimeout(ctx, reportTimeout)
+	defer cancel()
 	n := d.sharers(k.device)
 	return d.s.cat.ReportNode(ctx, d.s.session(), k.reg.ID, catalog.NodeReport{
 		Total: st.Total / n, Free: st.Free / n, Segments: st.Segments, Open: st.Open, ReadOnly: st.ReadOnly, Full: st.Full,
 		Errors: st.Errors, P99: st.AppendP99, At: time.Now().UTC(),
 	})
+}
+
+// reportSilent tells that a node of this process does not answer.
+func (d *diskSet) reportSilent(ctx context.Context, k *disk) error {
+	ctx, cancel := context.WithTimeout(ctx, reportTimeout)
+	defer cancel()
+	last := d.s.cat.State().Nodes[k.reg.ID].Report
+	if !last.Silent {
+		d.s.log.Warn("node does not answer", "node", k.reg.ID, "path", k.path)
+	}
+	last.Silent, last.At = true, time.Now().UTC()
+	return d.s.cat.ReportNode(ctx, d.s.session(), k.reg.ID, last)
 }
 
 // sharers counts the nodes that use a file system up together: without a limit
@@ -276,6 +314,7 @@ func (d *diskSet) close() error {
 			errs = append(errs, k.node.Close())
 		}
 	}
+	d.reads.Close()
 	return errors.Join(errs...)
 }
 

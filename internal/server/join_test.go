@@ -50,7 +50,7 @@ func refusesStrangers(t *testing.T, addr, proto string) {
 
 func token(t *testing.T, s *Server, ttl time.Duration) string {
 	t.Helper()
-	text, _, err := (&backend{s}).CreateToken(t.Context(), ttl)
+	text, _, err := (&backend{s: s}).CreateToken(t.Context(), ttl)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -80,7 +80,7 @@ func TestJoinNode(t *testing.T) {
 	dev := open(t, second, "disk1")
 	fill(t, dev, 20, false)
 	second.volumes.Release(dev)
-	c, err := (&backend{second}).CheckVolume(t.Context(), "disk1", true)
+	c, err := (&backend{s: second}).CheckVolume(t.Context(), "disk1", true)
 	if err != nil || c.CheckedBytes < 2*20<<16 || len(c.Problems)+len(c.Unchecked) > 0 {
 		t.Errorf("check: %v %v", c, err)
 	}
@@ -109,6 +109,7 @@ func TestJoinNode(t *testing.T) {
 
 // A controller joins and becomes a full member.
 func TestJoinController(t *testing.T) {
+	t.Parallel()
 	first := start(t, testConfig(t, testDir(t)), Options{})
 	second := start(t, testConfig(t, testDir(t), "--roles", "controller", "--join", first.cfg.Listen, "--token", token(t, first, 0)), Options{})
 	eventually(t, 20*time.Second, "two full members", func() bool {
@@ -154,7 +155,7 @@ func TestTokens(t *testing.T) {
 	if err := join("A1nonsense"); !errors.Is(err, atoll.ErrInvalid) && !errors.Is(err, atoll.ErrDenied) {
 		t.Errorf("nonsense: %v", err)
 	}
-	if _, _, err := (&backend{s}).CreateToken(t.Context(), 48*time.Hour); !errors.Is(err, atoll.ErrInvalid) {
+	if _, _, err := (&backend{s: s}).CreateToken(t.Context(), 48*time.Hour); !errors.Is(err, atoll.ErrInvalid) {
 		t.Errorf("two days: %v", err)
 	}
 }

@@ -2,6 +2,7 @@ package server
 
 import (
 	"context"
+	"flag"
 	"fmt"
 	"io"
 	"log/slog"
@@ -29,6 +30,10 @@ func TestMain(m *testing.M) {
 	if err != nil {
 		fmt.Println(err)
 		os.Exit(1)
+	}
+	// The tests that run beside others wait most of their time.
+	if err := flag.Set("test.parallel", "6"); err != nil {
+		fmt.Println(err)
 	}
 	code := m.Run()
 	_ = os.RemoveAll(dir)
@@ -153,7 +158,7 @@ func client(t *testing.T, s *Server) *api.Client {
 // create makes a volume of 64 MiB.
 func create(t *testing.T, s *Server, name, cache string) {
 	t.Helper()
-	_, err := (&backend{s}).CreateVolume(t.Context(), &atollv1.CreateVolumeRequest{Name: name, SizeBytes: 64 << 20, Cache: cache})
+	_, err := (&backend{s: s}).CreateVolume(t.Context(), &atollv1.CreateVolumeRequest{Name: name, SizeBytes: 64 << 20, Cache: cache})
 	if err != nil {
 		t.Fatal(err)
 	}

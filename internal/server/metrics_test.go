@@ -36,6 +36,7 @@ func TestMetrics(t *testing.T) {
 		`atoll_media_size_bytes{kind="logical",name="disk1",type="volume"} 6.7108864e+07`,
 		`atoll_media_size_bytes{kind="unique",name="disk1",type="volume"} 655360`,
 		`atoll_media_size_bytes{kind="stored",name="disk1",type="volume"} `,
+		`atoll_media_limit_wait_seconds_total{name="disk1",type="volume"} 0`,
 		`atoll_gc_live_bytes `, `atoll_gc_dead_bytes `, `atoll_repair_pending_copies 0`,
 		`atoll_cache_hits_total `, `atoll_cache_misses_total `, `atoll_lease_lost_total 0`,
 		`atoll_nbd_connections`, `atoll_append_duration_seconds_bucket`, `atoll_node_commit_duration_seconds_bucket`,

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
 	"net/http"
 	"os"
 	"runtime/debug"
@@ -15,9 +14,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
-	"github.com/prometheus/client_golang/prometheus/promhttp"
 
-	"github.com/atollstore/atoll/internal/api"
 	"github.com/atollstore/atoll/internal/atoll"
 	"github.com/atollstore/atoll/internal/catalog"
 	"github.com/atollstore/atoll/internal/controller"
@@ -35,6 +32,8 @@ type Options struct {
 	Log     *slog.Logger
 	Version string
 	Demo    bool // serve the calls that break nodes
+
+	offline bool // serve nobody: for CheckOffline
 }
 
 // Took tells how long the stages of the start took.
@@ -62,7 +61,12 @@ type Server struct {
 	wire    *wire.Server
 	disks   *diskSet
 	volumes *volumeSet
+	logins  *logins
+	tasks   *taskSet
 	nbd     *nbd.Server
+
+	neighbours *neighbours
+
 	nbdAddr string
 	apiAddr string
 	https   []*http.Server
@@ -77,6 +81,9 @@ type Server struct {
 		sync.Mutex
 		session *catalog.Session
 		stopped bool
+		// What the leader counted in the trash.
+		trash, trashBytes int64
+		trashKnown        bool
 	}
 }
 
@@ -89,6 +96,7 @@ type metrics struct {
 	medium  *medium.Metrics
 	volume  *volume.Metrics
 	nbd     *nbd.Metrics
+	ops     *opTimes
 
 	controller *controller.Metrics
 }
@@ -98,6 +106,7 @@ type metrics struct {
 func Start(ctx context.Context, cfg *Config, o Options) (s *Server, err error) {
 	s = &Server{cfg: cfg, opts: o, log: o.Log, reg: prometheus.NewRegistry(), started: time.Now(), failed: make(chan error, 8), stopping: make(chan struct{})}
 	s.newMetrics()
+	s.logins, s.tasks, s.neighbours = newLogins(), newTaskSet(), newNeighbours(s)
 	debug.SetMemoryLimit(cfg.Memory*3/2 + 160<<20)
 	bg, cancel := context.WithCancel(context.Background())
 	s.cancel = cancel
@@ -110,13 +119,16 @@ func Start(ctx context.Context, cfg *Config, o Options) (s *Server, err error) {
 	steps := []func(context.Context, context.Context) error{
 		s.openHome, s.checkPorts, s.openCatalog, s.openMembers, s.openSession, s.openDisks, s.startController, s.openVolumes, s.serveNBD, s.serveAPI,
 	}
+	if o.offline {
+		steps = []func(context.Context, context.Context) error{s.openHome, s.openCatalog, s.openMembers, s.openSession, s.openDisks, s.openVolumes}
+	}
 	for _, step := range steps {
 		if err := step(ctx, bg); err != nil {
 			return s, err
 		}
 	}
 	s.wg.Go(func() { s.watchSession(bg) })
-	if s.etcd != nil && !o.Demo {
+	if s.etcd != nil && !o.Demo && !o.offline {
 		s.wg.Go(func() { s.promote(bg) })
 	}
 	s.took.All = time.Since(s.started)
@@ -132,7 +144,7 @@ func (s *Server) newMetrics() {
 	s.metrics = metrics{
 		catalog: catalog.NewMetrics(s.reg), node: node.NewMetrics(s.reg), wire: wire.NewMetrics(s.reg), stream: stream.NewMetrics(s.reg),
 		medium: medium.NewMetrics(s.reg), volume: volume.NewMetrics(s.reg), nbd: nbd.NewMetrics(s.reg),
-		controller: controller.NewMetrics(s.reg),
+		controller: controller.NewMetrics(s.reg), ops: newOpTimes(s.reg),
 	}
 }
 
@@ -277,7 +289,7 @@ func (s *Server) startEtcd(ctx context.Context) (catalog.KV, error) {
 		Dir: s.home.path(etcdDir), Name: s.home.rec.Member, ClusterToken: s.home.rec.Cluster.String(),
 		ClientSocket: s.home.socket("etcd.sock"), Log: s.log,
 	}
-	if !s.opts.Demo {
+	if !s.opts.Demo && !s.opts.offline {
 		o.PeerAddr = s.cfg.reach(portAfter(s.cfg.Listen, 2))
 		o.PeerTLS = catalog.EtcdTLS{
 			Cert: s.home.path(keysDir, "member.crt"), Key: s.home.path(keysDir, "member.key"), CA: s.home.path(keysDir, "ca.crt"),
@@ -330,7 +342,11 @@ func (s *Server) openMembers(_, bg context.Context) error {
 	if s.etcd != nil {
 		socket = s.home.socket("etcd.sock")
 	}
-	m, err := listenMembers(portAfter(s.cfg.Listen, 1), s.home.identity, socket, s.log)
+	addr := portAfter(s.cfg.Listen, 1)
+	if s.opts.offline {
+		addr = "127.0.0.1:0"
+	}
+	m, err := listenMembers(addr, s.home.identity, socket, s.log)
 	if err != nil {
 		return err
 	}
@@ -365,10 +381,14 @@ func (s *Server) openSession(ctx, _ context.Context) error {
 	if err := s.endOldSession(ctx); err != nil {
 		return err
 	}
-	sess, err := s.cat.OpenSession(ctx, catalog.Process{
+	self := catalog.Process{
 		Host: name, PID: os.Getpid(), Roles: s.cfg.Roles, API: s.cfg.reach(s.cfg.Listen), NBD: s.cfg.reach(s.nbdTCP()),
-		Wire: s.cfg.reach(s.members.addr()), Version: s.opts.Version,
-	})
+		Wire: s.cfg.reach(s.members.addr()), Version: s.opts.Version, Started: s.started.UTC(),
+	}
+	if s.opts.offline {
+		self.API, self.NBD = "", ""
+	}
+	sess, err := s.cat.OpenSession(ctx, self)
 	if err != nil {
 		return err
 	}
@@ -519,109 +539,11 @@ func (s *Server) openVolumes(_, bg context.Context) error {
 	s.reg.MustRegister(mediaCollector{s.volumes})
 	s.onStop(s.volumes.close)
 	s.wg.Go(func() { s.volumes.tidy(bg) })
-	return nil
-}
-
-// serveNBD opens the NBD gateway on TCP and a Unix socket.
-func (s *Server) serveNBD(context.Context, context.Context) error {
-	if !s.cfg.has("gateway") {
-		return nil
-	}
-	listeners, err := nbd.InheritedListeners()
-	if err != nil {
-		return err
-	}
-	listen := func(addr string) error {
-		l, err := host.TCP{}.Listen(addr)
-		if err != nil {
-			for _, open := range listeners {
-				err = errors.Join(err, open.Close())
-			}
-			return api.WithHint(fmt.Errorf("nbd: %w", err), "is another server running? --nbd HOST:PORT chooses another address, --nbd none does without")
-		}
-		listeners = append(listeners, l)
-		return nil
-	}
-	if len(listeners) == 0 && s.nbdTCP() != "" {
-		if err := listen(s.nbdTCP()); err != nil {
-			return err
-		}
-		s.nbdAddr = listeners[0].Addr().String()
-	}
-	if err := listen("unix:" + s.nbdSocket()); err != nil {
-		return err
-	}
-	o := nbd.Options{Listeners: listeners, Exports: s.volumes, PlainUnix: true, DrainTimeout: 3 * time.Second, Log: s.log, Metrics: s.metrics.nbd,
-		MaxBytes: max(32<<20, s.cfg.Memory/16)}
-	if s.cfg.TLSCert != "" {
-		if o.TLS, err = serverTLS(s.cfg); err != nil {
-			return err
-		}
-		o.TLSMode = nbd.TLSRequired
-	}
-	s.nbd = nbd.Serve(o)
-	s.onStop(s.nbd.Close)
-	return nil
-}
-
-func (s *Server) nbdSocket() string {
-	if s.cfg.NBDSocket != "" {
-		return s.cfg.NBDSocket
-	}
-	return s.home.path("nbd.sock")
-}
-
-// serveAPI opens the control API.
-func (s *Server) serveAPI(context.Context, context.Context) error {
-	b := &backend{s}
-	o := api.Options{Backend: b, Token: s.home.token, Log: s.log,
-		Metrics: promhttp.HandlerFor(s.reg, promhttp.HandlerOpts{})}
-	if s.opts.Demo {
-		o.Demo = b
-	}
-	tcp, unix := api.NewHandlers(o)
-	l, err := host.TCP{}.Listen(s.cfg.Listen)
-	if err != nil {
-		return api.WithHint(fmt.Errorf("api: %w", err), "is another server running? --listen HOST:PORT chooses another address")
-	}
-	s.apiAddr = l.Addr().String()
-	s.serveHTTP(newMixedListener(l, s.home.identity.OpenTLS(), loopback(s.cfg.Listen)), tcp)
-	sockets := []string{s.Socket()}
-	if err := os.MkdirAll(api.RuntimeDir(), 0o700); err == nil && api.CheckPrivate(api.RuntimeDir()) == nil {
-		sockets = append(sockets, api.DefaultSocket())
-	}
-	for i, path := range sockets {
-		l, err := host.TCP{}.Listen("unix:" + path)
-		if err != nil && i > 0 {
-			s.log.Info("default socket is taken by another server; this one is reached by its own", "socket", path, "own", s.Socket())
-			continue
-		}
-		if err != nil {
-			return fmt.Errorf("api: %w", err)
-		}
-		s.serveHTTP(l, unix)
+	s.onStop(s.neighbours.close)
+	s.onStop(s.tasks.close)
+	if s.cfg.has("controller") && !s.opts.offline {
+		s.wg.Go(func() { s.lead(bg, &backend{s: s}) })
+		s.wg.Go(func() { s.tend(bg, &backend{s: s}) })
 	}
 	return nil
-}
-
-// serveHTTP serves h on l until Stop.
-func (s *Server) serveHTTP(l net.Listener, h http.Handler) {
-	srv := &http.Server{
-		Handler: h, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 64 << 10,
-		ErrorLog: slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
-	}
-	s.https = append(s.https, srv)
-	s.wg.Go(func() {
-		if err := srv.Serve(l); !errors.Is(err, http.ErrServerClosed) {
-			s.fail(fmt.Errorf("serve api on %v: %w", l.Addr(), err))
-		}
-	})
-	s.onStop(func() error {
-		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
-		defer cancel()
-		if err := srv.Shutdown(ctx); err != nil {
-			return srv.Close()
-		}
-		return nil
-	})
 }

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -145,11 +146,42 @@ func TestVolumesShareCloseReopen(t *testing.T) {
 	})
 }
 
+// A volume that is opened again while it is being closed is not taken from under
+// the one that closes: what that holds in memory would be lost.
+func TestVolumesReopenWhileClosing(t *testing.T) {
+	s := start(t, testConfig(t, testDir(t)), Options{})
+	defer mustStop(t, s)
+	create(t, s, "disk1", "writeback")
+	for round := range 10 {
+		dev := open(t, s, "disk1")
+		put(t, dev, int64(round)<<12, 4096, byte(round+1))
+		o := s.volumes.list()[0]
+		s.volumes.Release(dev)
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			if !s.volumes.closeIdle(o, 0) {
+				t.Log("opened before it was closed")
+			}
+		})
+		if round%2 == 0 {
+			eventually(t, 5*time.Second, "closing", func() bool { return !s.volumes.has(o.id) })
+		}
+		dev = open(t, s, "disk1")
+		for n := range round + 1 {
+			if got := at(t, dev, int64(n)<<12); got != byte(n+1) {
+				t.Errorf("round %d: block %d is %d", round, n, got)
+			}
+		}
+		wg.Wait()
+		s.volumes.Release(dev)
+	}
+}
+
 // What the API refuses about volumes.
 func TestVolumeRefusals(t *testing.T) {
 	s := start(t, testConfig(t, testDir(t)), Options{})
 	defer mustStop(t, s)
-	b := &backend{s}
+	b := &backend{s: s}
 	create(t, s, "disk1", "")
 	for _, w := range []struct {
 		r    *atollv1.CreateVolumeRequest
@@ -175,18 +207,18 @@ func TestVolumeRefusals(t *testing.T) {
 	if v, err := b.ResizeVolume(t.Context(), "disk1", 128<<20, false); err != nil || v.SizeBytes != 128<<20 {
 		t.Errorf("grow: %v %v", v, err)
 	}
-	if _, err := b.DeleteVolume(t.Context(), "disk2", false); !errors.Is(err, atoll.ErrNotExist) {
+	if _, err := b.DeleteVolume(t.Context(), &atollv1.DeleteVolumeRequest{Name: "disk2", DryRun: false}); !errors.Is(err, atoll.ErrNotExist) {
 		t.Errorf("delete another: %v", err)
 	}
 	dev := open(t, s, "disk1")
-	if _, err := b.DeleteVolume(t.Context(), "disk1", false); !errors.Is(err, atoll.ErrBusy) {
+	if _, err := b.DeleteVolume(t.Context(), &atollv1.DeleteVolumeRequest{Name: "disk1", DryRun: false}); !errors.Is(err, atoll.ErrBusy) {
 		t.Errorf("delete while in use: %v", err)
 	}
 	s.volumes.Release(dev)
-	if _, err := b.DeleteVolume(t.Context(), "disk1", true); err != nil {
+	if _, err := b.DeleteVolume(t.Context(), &atollv1.DeleteVolumeRequest{Name: "disk1", DryRun: true}); err != nil {
 		t.Errorf("dry run: %v", err)
 	}
-	if _, err := b.DeleteVolume(t.Context(), "disk1", false); err != nil {
+	if _, err := b.DeleteVolume(t.Context(), &atollv1.DeleteVolumeRequest{Name: "disk1", DryRun: false}); err != nil {
 		t.Errorf("delete: %v", err)
 	}
 	if _, err := b.Volume(t.Context(), "disk1", false); !errors.Is(err, atoll.ErrNotExist) {
@@ -200,7 +232,7 @@ func TestVolumeURLs(t *testing.T) {
 	s := start(t, testConfig(t, dir, "--nbd", "127.0.0.1:0"), Options{})
 	defer mustStop(t, s)
 	create(t, s, "disk1", "")
-	v, err := (&backend{s}).Volume(t.Context(), "disk1", true)
+	v, err := (&backend{s: s}).Volume(t.Context(), "disk1", true)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -217,7 +249,7 @@ func TestVolumeURLs(t *testing.T) {
 func TestCheckRepairs(t *testing.T) {
 	s := start(t, testConfig(t, testDir(t)), Options{Demo: true})
 	defer mustStop(t, s)
-	b := &backend{s}
+	b := &backend{s: s}
 	create(t, s, "disk1", "writethrough")
 	dev := open(t, s, "disk1")
 	fill(t, dev, 200, false)

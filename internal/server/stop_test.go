@@ -17,6 +17,7 @@ const stopLimit = 15 * time.Second
 // A server stops in time with data to write and nodes that do not answer, and
 // the next start has what was durable.
 func TestStopPausedNodes(t *testing.T) {
+	t.Parallel()
 	for _, w := range []struct {
 		fault  string
 		paused int
@@ -32,7 +33,7 @@ func TestStopPausedNodes(t *testing.T) {
 				t.Fatal(err)
 			}
 			for id := range w.paused {
-				if _, err := (&backend{s}).Inject(t.Context(), atoll.NodeID(id+1), w.fault, 0); err != nil {
+				if _, err := (&backend{s: s}).Inject(t.Context(), atoll.NodeID(id+1), w.fault, 0); err != nil {
 					t.Fatal(err)
 				}
 			}
@@ -52,6 +53,7 @@ func TestStopPausedNodes(t *testing.T) {
 // A server stops in time when the catalog is gone, with a volume open, and
 // while one is being opened.
 func TestStopCatalogGone(t *testing.T) {
+	t.Parallel()
 	for _, name := range []string{"at once", "after the lease"} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

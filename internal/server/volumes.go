@@ -7,11 +7,13 @@ import (
 	"sync"
 	"time"
 
+	"github.com/atollstore/atoll/internal/api"
 	"github.com/atollstore/atoll/internal/atoll"
 	"github.com/atollstore/atoll/internal/catalog"
 	"github.com/atollstore/atoll/internal/gateway/nbd"
 	"github.com/atollstore/atoll/internal/medium"
 	"github.com/atollstore/atoll/internal/medium/volume"
+	"github.com/atollstore/atoll/internal/qos"
 )
 
 const (
@@ -27,22 +29,25 @@ const (
 	stopTimeout  = 6 * time.Second
 )
 
-// propCache is the medium's property that names a volume's cache mode.
-const propCache = "cache"
-
 // openVolume is a volume that this process owns. ready is closed when opening
-// has ended, in err or with medium and vol set.
+// has ended, in err or with medium, vol and dev set.
 type openVolume struct {
 	id     atoll.MediumID
 	name   string
 	ready  chan struct{}
+	ended  chan struct{} // closed when it is closed for good
 	err    error
 	medium *medium.Medium
 	vol    *volume.Volume
+	dev    nbd.Device    // vol with its limits, as gateways see it
+	limits *qos.Throttle // of dev
 
 	// Guarded by volumeSet.mu.
-	refs int
-	idle time.Time // since when refs is 0
+	refs    int
+	users   int       // of refs, those of gateways
+	idle    time.Time // since when refs is 0
+	staging *staging  // an import is under way: only it may use the volume
+	leave   func()    // has the tender end its visit, nil when it has none
 }
 
 // volumeSet opens volumes on demand, shares them among users, and closes idle
@@ -62,7 +67,10 @@ type volumeSet struct {
 		sync.Mutex
 		session *catalog.Session
 		open    map[atoll.MediumID]*openVolume
+		ending  map[atoll.MediumID]*openVolume // not open any more, and not closed yet
 		devices map[nbd.Device]*openVolume
+		views   map[viewKey]*openView
+		viewed  map[nbd.Device]*openView
 		closed  bool
 	}
 }
@@ -78,7 +86,10 @@ func newVolumeSet(s *Server) *volumeSet {
 	v.closing, v.noClose = context.WithCancel(context.Background())
 	v.mu.session = s.session()
 	v.mu.open = map[atoll.MediumID]*openVolume{}
+	v.mu.ending = map[atoll.MediumID]*openVolume{}
 	v.mu.devices = map[nbd.Device]*openVolume{}
+	v.mu.views = map[viewKey]*openView{}
+	v.mu.viewed = map[nbd.Device]*openView{}
 	return v
 }
 
@@ -99,6 +110,14 @@ func (v *volumeSet) setSession(sess *catalog.Session) {
 // find returns the record of a volume by name.
 func (v *volumeSet) find(ctx context.Context, name string) (catalog.Medium, error) {
 	rec, err := v.s.cat.MediumByName(ctx, name)
+	if errors.Is(err, atoll.ErrNotExist) {
+		if e, derr := v.s.cat.Entry(ctx, name); derr == nil && e.Dir != nil {
+			return rec, fmt.Errorf("%q is not a volume but a directory: %w", name, atoll.ErrInvalid)
+		}
+	}
+	if errors.Is(err, atoll.ErrNotExist) {
+		return rec, api.WithHint(fmt.Errorf("volume %q: %w", name, atoll.ErrNotExist), `"atoll volume ls" lists the volumes, "atoll volume trash ls" what was removed`)
+	}
 	if err != nil {
 		return rec, fmt.Errorf("volume %q: %w", name, err)
 	}
@@ -106,6 +125,13 @@ func (v *volumeSet) find(ctx context.Context, name string) (catalog.Medium, erro
 		return rec, fmt.Errorf("%q is not a volume but a %s: %w", name, rec.Kind, atoll.ErrInvalid)
 	}
 	return rec, nil
+}
+
+// has reports whether a volume is open here, or being opened.
+func (v *volumeSet) has(id atoll.MediumID) bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.mu.open[id] != nil
 }
 
 // acquire opens a volume, or shares the open one. release gives it back.
@@ -118,7 +144,7 @@ func (v *volumeSet) acquire(ctx context.Context, rec catalog.Medium) (*openVolum
 		}
 		o := v.mu.open[rec.ID]
 		if o == nil {
-			o = &openVolume{id: rec.ID, name: rec.Name, ready: make(chan struct{})}
+			o = &openVolume{id: rec.ID, name: rec.Name, ready: make(chan struct{}), ended: make(chan struct{})}
 			v.mu.open[rec.ID] = o
 			v.wg.Go(func() { v.load(o, rec) })
 		}
@@ -132,7 +158,7 @@ func (v *volumeSet) acquire(ctx context.Context, rec catalog.Medium) (*openVolum
 		}
 		if o.err != nil {
 			v.release(o)
-			return nil, v.elsewhere(ctx, rec, fmt.Errorf("open volume %q: %w", rec.Name, o.err))
+			return nil, v.elsewhere(ctx, rec, named(fmt.Errorf("open volume %q: %w", rec.Name, o.err), rec))
 		}
 		if o.medium.Valid() {
 			return o, nil
@@ -150,7 +176,12 @@ func (v *volumeSet) load(o *openVolume, rec catalog.Medium) {
 	ctx, cancel := context.WithTimeout(v.opening, openTimeout)
 	defer cancel()
 	defer close(o.ready)
-	m, err := medium.Open(ctx, v.options(), rec.ID)
+	begun := time.Now()
+	var m *medium.Medium
+	err := v.ended(ctx, o)
+	if err == nil {
+		m, err = medium.Open(ctx, v.options(), rec.ID)
+	}
 	if err == nil {
 		mode := volume.Writeback
 		if rec.Props[propCache] == "writethrough" {
@@ -160,11 +191,23 @@ func (v *volumeSet) load(o *openVolume, rec catalog.Medium) {
 			Mode: mode, Cache: v.cache, MapBytes: v.share(4, 1<<20), DirtyBytes: v.share(8, 8<<20),
 			Log: v.s.log.With("medium", rec.ID), Metrics: v.s.metrics.volume,
 		})
+		if err == nil {
+			o.medium = m
+			if err = tidyImports(ctx, o); err != nil {
+				o.vol.Abort()
+			}
+		}
 		if err != nil {
 			err = errors.Join(err, m.Close(ctx))
 		}
 	}
 	o.medium, o.err = m, err
+	if err == nil {
+		o.limits = qos.New()
+		v.applyLimits(o, m.Info())
+		o.dev = nbd.Limited(&device{Volume: o.vol, ops: v.s.metrics.ops, state: o.state}, o.limits)
+		v.s.metrics.ops.open.Observe(time.Since(begun).Seconds())
+	}
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	if err != nil {
@@ -173,8 +216,32 @@ func (v *volumeSet) load(o *openVolume, rec catalog.Medium) {
 		}
 		return
 	}
-	v.mu.devices[o.vol] = o
+	v.mu.devices[o.dev] = o
 	v.wg.Go(func() { v.watch(o) })
+}
+
+// ended waits until what had the volume open here before o is closed: opening it
+// meanwhile would fence that one off, and what it holds in memory would be lost.
+func (v *volumeSet) ended(ctx context.Context, o *openVolume) error {
+	for {
+		v.mu.Lock()
+		old := v.mu.ending[o.id]
+		v.mu.Unlock()
+		if old == nil || old == o {
+			return nil
+		}
+		select {
+		case <-old.ended:
+		case <-ctx.Done():
+			return fmt.Errorf("wait until it is closed: %w", atoll.ErrTimeout)
+		}
+	}
+}
+
+// remove takes a volume out of the set, to be ended by the caller. v.mu is held.
+func (v *volumeSet) remove(o *openVolume) {
+	delete(v.mu.open, o.id)
+	v.mu.ending[o.id] = o
 }
 
 // share is what a volume may use of the memory set aside for all of them: the
@@ -198,7 +265,7 @@ func (v *volumeSet) drop(o *openVolume) {
 	v.mu.Lock()
 	mine := v.mu.open[o.id] == o
 	if mine {
-		delete(v.mu.open, o.id)
+		v.remove(o)
 	}
 	v.mu.Unlock()
 	if mine {
@@ -207,23 +274,25 @@ func (v *volumeSet) drop(o *openVolume) {
 	}
 }
 
-// disconnect ends the NBD connections to a volume, so that clients come again.
+// disconnect ends the NBD connections to a volume's working state, so that clients
+// come again.
 func (v *volumeSet) disconnect(name string) {
 	if v.s.nbd == nil {
 		return
 	}
 	for _, c := range v.s.nbd.Connections() {
-		if c.Export == name {
+		if vol, version, _ := splitName(c.Export); vol == name && version == "" {
 			v.s.nbd.Disconnect(c.ID)
 		}
 	}
 }
 
-// dropAll forgets every volume: the session is lost.
+// dropAll forgets every volume and view: the session is lost.
 func (v *volumeSet) dropAll() {
 	for _, o := range v.list() {
 		v.drop(o)
 	}
+	v.dropViews()
 }
 
 // list returns the open volumes.
@@ -247,28 +316,52 @@ func (v *volumeSet) release(o *openVolume) {
 	}
 }
 
-// end closes a volume that is not in the set any more.
+// end closes a volume that was removed from the set.
 func (v *volumeSet) end(o *openVolume) error {
+	defer func() {
+		v.mu.Lock()
+		if v.mu.ending[o.id] == o {
+			delete(v.mu.ending, o.id)
+		}
+		v.mu.Unlock()
+		close(o.ended)
+	}()
 	<-o.ready
 	if o.err != nil {
 		return nil
 	}
-	ctx, cancel := context.WithTimeout(v.closing, closeTimeout)
-	defer cancel()
-	var err error
-	if o.medium.Valid() {
-		err = o.vol.Close(ctx)
-	} else {
-		o.vol.Abort()
-	}
-	err = errors.Join(err, o.medium.Close(ctx))
+	err := v.shut(o)
 	v.mu.Lock()
-	delete(v.mu.devices, o.vol)
+	delete(v.mu.devices, o.dev)
 	v.mu.Unlock()
 	if err != nil && !errors.Is(err, atoll.ErrFenced) {
 		v.s.log.Warn("volume not closed cleanly; the next open recovers it", "medium", o.id, "err", err)
 	}
 	return err
+}
+
+// shut closes volume and medium. When the medium is lost meanwhile, there is
+// nothing to wait for any more.
+func (v *volumeSet) shut(o *openVolume) error {
+	ctx, cancel := context.WithTimeout(v.closing, closeTimeout)
+	defer cancel()
+	if !o.medium.Valid() {
+		o.vol.Abort()
+		return o.medium.Close(ctx)
+	}
+	held, release := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		select {
+		case <-o.medium.Lost():
+			release()
+		case <-held.Done():
+		}
+	})
+	err := o.vol.Close(held)
+	release()
+	wg.Wait()
+	return errors.Join(err, o.medium.Close(ctx))
 }
 
 // tidy closes idle volumes.
@@ -281,6 +374,7 @@ func (v *volumeSet) tidy(ctx context.Context) {
 			return
 		case <-t.C:
 		}
+		v.expireImports(ctx, silence)
 		for _, o := range v.list() {
 			v.closeIdle(o, idleClose)
 		}
@@ -290,9 +384,9 @@ func (v *volumeSet) tidy(ctx context.Context) {
 // closeIdle closes a volume that had no user for a while.
 func (v *volumeSet) closeIdle(o *openVolume, idle time.Duration) bool {
 	v.mu.Lock()
-	gone := o.refs == 0 && time.Since(o.idle) >= idle && v.mu.open[o.id] == o
+	gone := o.refs == 0 && o.staging == nil && time.Since(o.idle) >= idle && v.mu.open[o.id] == o
 	if gone {
-		delete(v.mu.open, o.id)
+		v.remove(o)
 	}
 	v.mu.Unlock()
 	if gone {
@@ -301,12 +395,38 @@ func (v *volumeSet) closeIdle(o *openVolume, idle time.Duration) bool {
 	return gone
 }
 
+// closeID closes a volume if it is open and has no user; false if it has. When it
+// returns true the volume is closed.
+func (v *volumeSet) closeID(ctx context.Context, id atoll.MediumID) bool {
+	v.mu.Lock()
+	o, old := v.mu.open[id], v.mu.ending[id]
+	if o != nil && o.leave != nil {
+		o.leave()
+	}
+	v.mu.Unlock()
+	if o != nil {
+		return v.closeIdle(o, 0)
+	}
+	if old == nil {
+		return true
+	}
+	select {
+	case <-old.ended:
+		return v.closeID(ctx, id)
+	case <-ctx.Done():
+		return false
+	}
+}
+
 // close closes everything; later opens fail.
 func (v *volumeSet) close() error {
 	v.mu.Lock()
 	v.mu.closed = true
-	all := v.mu.open
-	v.mu.open = map[atoll.MediumID]*openVolume{}
+	var all []*openVolume
+	for _, o := range v.mu.open {
+		v.remove(o)
+		all = append(all, o)
+	}
 	v.mu.Unlock()
 	v.noOpen()
 	defer time.AfterFunc(stopTimeout, v.noClose).Stop()
@@ -315,87 +435,8 @@ func (v *volumeSet) close() error {
 	for _, o := range all {
 		wg.Go(func() { _ = v.end(o) })
 	}
+	wg.Go(v.closeViews)
 	wg.Wait()
 	v.wg.Wait()
 	return nil
-}
-
-// List implements nbd.Exports.
-func (v *volumeSet) List(ctx context.Context) ([]nbd.ExportInfo, error) {
-	var out []nbd.ExportInfo
-	for after := ""; ; {
-		recs, err := v.s.cat.Media(ctx, after, 1000)
-		if err != nil {
-			return nil, err
-		}
-		for _, r := range recs {
-			if r.Kind == catalog.KindVolume && r.State == catalog.MediumLive {
-				out = append(out, nbd.ExportInfo{Name: r.Name, Description: describe(r)})
-			}
-		}
-		if len(recs) < 1000 {
-			return out, nil
-		}
-		after = recs[len(recs)-1].Name
-	}
-}
-
-// describe is a line about a volume for people.
-func describe(r catalog.Medium) string {
-	text := formatSize(r.Size) + fmt.Sprintf(", %d copies", r.Policy.Replicas)
-	if d := r.Props["description"]; d != "" {
-		text += ", " + d
-	}
-	return text
-}
-
-func exportInfo(r catalog.Medium) nbd.Info {
-	return nbd.Info{Name: r.Name, Description: describe(r), Size: r.Size}
-}
-
-// Stat implements nbd.Exports.
-func (v *volumeSet) Stat(ctx context.Context, name string) (nbd.Info, error) {
-	r, err := v.exported(ctx, name)
-	return exportInfo(r), err
-}
-
-// exported finds the volume that a client names; the empty name means the only
-// one there is.
-func (v *volumeSet) exported(ctx context.Context, name string) (catalog.Medium, error) {
-	if name != "" {
-		return v.find(ctx, name)
-	}
-	all, err := v.List(ctx)
-	if err != nil {
-		return catalog.Medium{}, err
-	}
-	if len(all) != 1 {
-		return catalog.Medium{}, fmt.Errorf("there are %d volumes; name one: %w", len(all), atoll.ErrNotExist)
-	}
-	return v.find(ctx, all[0].Name)
-}
-
-// Open implements nbd.Exports.
-func (v *volumeSet) Open(ctx context.Context, name string) (nbd.Device, nbd.Info, error) {
-	r, err := v.exported(ctx, name)
-	if err != nil {
-		return nil, nbd.Info{}, err
-	}
-	o, err := v.acquire(ctx, r)
-	if err != nil {
-		return nil, nbd.Info{}, err
-	}
-	info := exportInfo(r)
-	info.Size = o.vol.Size()
-	return o.vol, info, nil
-}
-
-// Release implements nbd.Exports.
-func (v *volumeSet) Release(dev nbd.Device) {
-	v.mu.Lock()
-	o := v.mu.devices[dev]
-	v.mu.Unlock()
-	if o != nil {
-		v.release(o)
-	}
 }

@@ -51,8 +51,12 @@ func (o *Options) fill() {
 
 // Result sums up a transfer.
 type Result struct {
-	Bytes int64 // of the image
-	Data  int64 // of them not holes
+	Bytes    int64  // of the image
+	Data     int64  // of data moved: bytes that are not holes
+	Zeroed   int64  // of zeros told by diffs
+	Versions int    // named ones moved
+	From, To string // of an imported diff
+	Skipped  int    // unknown records of an imported stream
 }
 
 // Import writes the image in src, of size bytes, to d and flushes it. src may be
@@ -218,41 +222,24 @@ func isZero(p []byte) bool { return bytes.Equal(p, zeros[:len(p)]) }
 
 // ExportFile writes d's contents to a new file at path (it must not exist),
 // sparse, and makes it durable. On error the file is removed.
-func ExportFile(ctx context.Context, d Disk, path string, o Options) (res Result, err error) {
+func ExportFile(ctx context.Context, d Disk, path string, o Options) (Result, error) {
+	f, err := CreateFile(path, FileOptions{})
+	if err != nil {
+		return Result{}, err
+	}
+	res, err := ExportStream(ctx, d, f, o)
+	return res, f.Finish(err)
+}
+
+// ExportStream writes d's contents to w from first to last byte, reading ahead
+// in parallel.
+func ExportStream(ctx context.Context, d Disk, w io.Writer, o Options) (Result, error) {
 	o.fill()
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o644)
-	if os.IsExist(err) {
-		return res, fmt.Errorf("export to %s: the file is there already; remove it or choose another name: %w", path, atoll.ErrExist)
-	}
-	if err != nil {
-		return res, fmt.Errorf("export to %s: %v: %w", path, err, atoll.ErrInvalid)
-	}
-	defer func() {
-		if cerr := f.Close(); err == nil && cerr != nil {
-			err = fmt.Errorf("close %s: %w", path, cerr)
-		}
-		if err != nil {
-			err = errors.Join(err, os.Remove(path))
-		}
-	}()
-	if err := f.Truncate(d.Size()); err != nil {
-		return res, writeErr(path, err)
-	}
-	var data atomic.Int64
-	err = each(ctx, d, &o, func(ctx context.Context, b []byte, off int64) error {
-		data.Add(int64(len(b)))
-		if _, err := f.WriteAt(b, off); err != nil {
-			return writeErr(path, err)
-		}
-		return nil
-	})
-	if err != nil {
-		return res, err
-	}
-	if err := f.Sync(); err != nil {
-		return res, writeErr(path, err)
-	}
-	return Result{d.Size(), data.Load()}, nil
+	last := int64(0)
+	return ExportRaw(ctx, d, w, ExportOptions{Concurrency: o.Concurrency, Progress: func(done, _ int64) {
+		o.Progress(done - last)
+		last = done
+	}})
 }
 
 func writeErr(path string, err error) error {
@@ -260,41 +247,6 @@ func writeErr(path string, err error) error {
 		return fmt.Errorf("write %s: %v: %w", path, err, atoll.ErrNoSpace)
 	}
 	return fmt.Errorf("write %s: %v: %w", path, err, atoll.ErrIO)
-}
-
-// each reads the data pieces of d in parallel and hands them to fn, in any
-// order and concurrently.
-func each(ctx context.Context, d Disk, o *Options, fn func(ctx context.Context, b []byte, off int64) error) error {
-	g, gctx := errgroup.WithContext(ctx)
-	g.SetLimit(o.Concurrency)
-	walkErr := walk(gctx, d, func(off, n int64, hole bool) bool {
-		if hole {
-			o.Progress(n)
-			return gctx.Err() == nil
-		}
-		g.Go(func() error {
-			b := host.Alloc(int(n))
-			defer b.Release()
-			if err := d.ReadAt(gctx, b.Bytes(), off); err != nil {
-				return fmt.Errorf("read volume at %d: %w", off, err)
-			}
-			if !isZeroLong(b.Bytes()) {
-				if err := fn(gctx, b.Bytes(), off); err != nil {
-					return err
-				}
-			}
-			o.Progress(n)
-			return nil
-		})
-		return gctx.Err() == nil
-	})
-	if err := g.Wait(); err != nil {
-		return err
-	}
-	if walkErr != nil {
-		return walkErr
-	}
-	return ctx.Err()
 }
 
 func isZeroLong(p []byte) bool {
@@ -306,118 +258,4 @@ func isZeroLong(p []byte) bool {
 		p = p[n:]
 	}
 	return true
-}
-
-// walk calls fn for holes of any length and for data in pieces.
-func walk(ctx context.Context, d Disk, fn func(off, n int64, hole bool) bool) error {
-	const window = 1 << 30
-	for off := int64(0); off < d.Size(); {
-		end := min(off+window, d.Size())
-		at, more := off, true
-		err := d.Holes(ctx, off, end-off, func(n int64, hole bool) bool {
-			n = min(n, d.Size()-at)
-			if hole {
-				more = fn(at, n, true)
-				at += n
-				return more
-			}
-			for n > 0 && more {
-				m := min(n, piece-at%piece)
-				more = fn(at, m, false)
-				at, n = at+m, n-m
-			}
-			return more
-		})
-		if err != nil {
-			return fmt.Errorf("list holes at %d: %w", off, err)
-		}
-		if !more {
-			return nil
-		}
-		if at == off {
-			return fmt.Errorf("list holes at %d: no answer: %w", off, atoll.ErrInvalid)
-		}
-		off = at
-	}
-	return nil
-}
-
-// ExportStream writes d's contents to w from first to last byte, reading ahead
-// in parallel.
-func ExportStream(ctx context.Context, d Disk, w io.Writer, o Options) (Result, error) {
-	o.fill()
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	type part struct {
-		n     int64
-		buf   *host.Buffer // nil for a hole
-		ready chan error
-	}
-	parts := make(chan *part, o.Concurrency)
-	var g errgroup.Group
-	var reads errgroup.Group
-	reads.SetLimit(o.Concurrency)
-	g.Go(func() error {
-		defer close(parts)
-		return walk(ctx, d, func(off, n int64, hole bool) bool {
-			p := &part{n: n, ready: make(chan error, 1)}
-			if hole {
-				p.ready <- nil
-			} else {
-				p.buf = host.Alloc(int(n))
-				reads.Go(func() error {
-					p.ready <- d.ReadAt(ctx, p.buf.Bytes(), off)
-					return nil
-				})
-			}
-			select {
-			case parts <- p:
-				return true
-			case <-ctx.Done():
-				if <-p.ready; p.buf != nil {
-					p.buf.Release()
-				}
-				return false
-			}
-		})
-	})
-	res := Result{Bytes: d.Size()}
-	var err error
-	for p := range parts {
-		if rerr := <-p.ready; rerr != nil && err == nil {
-			err = fmt.Errorf("read volume: %w", rerr)
-		}
-		if err == nil {
-			err = writePart(w, p.buf, p.n)
-			o.Progress(p.n)
-		}
-		if p.buf != nil {
-			res.Data += p.n
-			p.buf.Release()
-		}
-		if err != nil {
-			cancel()
-		}
-	}
-	err = errors.Join(err, g.Wait(), reads.Wait())
-	if err == nil {
-		err = ctx.Err()
-	}
-	return res, err
-}
-
-// writePart writes a buffer, or n zeros.
-func writePart(w io.Writer, b *host.Buffer, n int64) error {
-	if b != nil {
-		_, err := w.Write(b.Bytes())
-		return err
-	}
-	for n > 0 {
-		m := min(n, int64(len(zeros)))
-		if _, err := w.Write(zeros[:m]); err != nil {
-			return err
-		}
-		n -= m
-	}
-	return nil
 }

@@ -137,6 +137,9 @@ type GetStatusResponse struct {
 	Processes        []*Process             `protobuf:"bytes,13,rep,name=processes,proto3" json:"processes,omitempty"`
 	Demo             bool                   `protobuf:"varint,14,opt,name=demo,proto3" json:"demo,omitempty"`
 	Now              *timestamppb.Timestamp `protobuf:"bytes,15,opt,name=now,proto3" json:"now,omitempty"`
+	Trashed          int32                  `protobuf:"varint,16,opt,name=trashed,proto3" json:"trashed,omitempty"`                         // media in the trash
+	TrashBytes       int64                  `protobuf:"varint,17,opt,name=trash_bytes,json=trashBytes,proto3" json:"trash_bytes,omitempty"` // in their segments, one copy, as far as known
+	Kept             []*KeptMedium          `protobuf:"bytes,18,rep,name=kept,proto3" json:"kept,omitempty"`                                // deleted media whose data clones still need; the first of many
 	unknownFields    protoimpl.UnknownFields
 	sizeCache        protoimpl.SizeCache
 }
@@ -276,6 +279,96 @@ func (x *GetStatusResponse) GetNow() *timestamppb.Timestamp {
 	return nil
 }
 
+func (x *GetStatusResponse) GetTrashed() int32 {
+	if x != nil {
+		return x.Trashed
+	}
+	return 0
+}
+
+func (x *GetStatusResponse) GetTrashBytes() int64 {
+	if x != nil {
+		return x.TrashBytes
+	}
+	return 0
+}
+
+func (x *GetStatusResponse) GetKept() []*KeptMedium {
+	if x != nil {
+		return x.Kept
+	}
+	return nil
+}
+
+// KeptMedium is a deleted medium of which clones still need versions.
+type KeptMedium struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`     // the last one it had
+	Bytes         int64                  `protobuf:"varint,3,opt,name=bytes,proto3" json:"bytes,omitempty"`  // that it takes, one copy, as of the last look; 0 = not known yet
+	Clones        []string               `protobuf:"bytes,4,rep,name=clones,proto3" json:"clones,omitempty"` // that need it
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *KeptMedium) Reset() {
+	*x = KeptMedium{}
+	mi := &file_atoll_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *KeptMedium) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*KeptMedium) ProtoMessage() {}
+
+func (x *KeptMedium) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use KeptMedium.ProtoReflect.Descriptor instead.
+func (*KeptMedium) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *KeptMedium) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *KeptMedium) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *KeptMedium) GetBytes() int64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+func (x *KeptMedium) GetClones() []string {
+	if x != nil {
+		return x.Clones
+	}
+	return nil
+}
+
 type Process struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -294,7 +387,7 @@ type Process struct {
 
 func (x *Process) Reset() {
 	*x = Process{}
-	mi := &file_atoll_proto_msgTypes[3]
+	mi := &file_atoll_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -306,7 +399,7 @@ func (x *Process) String() string {
 func (*Process) ProtoMessage() {}
 
 func (x *Process) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[3]
+	mi := &file_atoll_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -319,7 +412,7 @@ func (x *Process) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Process.ProtoReflect.Descriptor instead.
 func (*Process) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{3}
+	return file_atoll_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Process) GetId() string {
@@ -400,7 +493,7 @@ type ListNodesRequest struct {
 
 func (x *ListNodesRequest) Reset() {
 	*x = ListNodesRequest{}
-	mi := &file_atoll_proto_msgTypes[4]
+	mi := &file_atoll_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -412,7 +505,7 @@ func (x *ListNodesRequest) String() string {
 func (*ListNodesRequest) ProtoMessage() {}
 
 func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[4]
+	mi := &file_atoll_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -425,7 +518,7 @@ func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesRequest.ProtoReflect.Descriptor instead.
 func (*ListNodesRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{4}
+	return file_atoll_proto_rawDescGZIP(), []int{5}
 }
 
 type ListNodesResponse struct {
@@ -437,7 +530,7 @@ type ListNodesResponse struct {
 
 func (x *ListNodesResponse) Reset() {
 	*x = ListNodesResponse{}
-	mi := &file_atoll_proto_msgTypes[5]
+	mi := &file_atoll_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -449,7 +542,7 @@ func (x *ListNodesResponse) String() string {
 func (*ListNodesResponse) ProtoMessage() {}
 
 func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[5]
+	mi := &file_atoll_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -462,7 +555,7 @@ func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesResponse.ProtoReflect.Descriptor instead.
 func (*ListNodesResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{5}
+	return file_atoll_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *ListNodesResponse) GetNodes() []*Node {
@@ -477,7 +570,7 @@ type Node struct {
 	Id            uint32                 `protobuf:"varint,1,opt,name=id,proto3" json:"id,omitempty"`
 	State         string                 `protobuf:"bytes,2,opt,name=state,proto3" json:"state,omitempty"` // active, draining, removed
 	Up            bool                   `protobuf:"varint,3,opt,name=up,proto3" json:"up,omitempty"`
-	Condition     string                 `protobuf:"bytes,4,opt,name=condition,proto3" json:"condition,omitempty"` // ok, down, read-only, full, draining; paused, slow… in a demo
+	Condition     string                 `protobuf:"bytes,4,opt,name=condition,proto3" json:"condition,omitempty"` // up, down, silent, read-only, full, draining; paused, slow… in a demo
 	Host          string                 `protobuf:"bytes,5,opt,name=host,proto3" json:"host,omitempty"`
 	Rack          string                 `protobuf:"bytes,6,opt,name=rack,proto3" json:"rack,omitempty"`
 	Address       string                 `protobuf:"bytes,7,opt,name=address,proto3" json:"address,omitempty"`
@@ -496,7 +589,7 @@ type Node struct {
 
 func (x *Node) Reset() {
 	*x = Node{}
-	mi := &file_atoll_proto_msgTypes[6]
+	mi := &file_atoll_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -508,7 +601,7 @@ func (x *Node) String() string {
 func (*Node) ProtoMessage() {}
 
 func (x *Node) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[6]
+	mi := &file_atoll_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -521,7 +614,7 @@ func (x *Node) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Node.ProtoReflect.Descriptor instead.
 func (*Node) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{6}
+	return file_atoll_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Node) GetId() uint32 {
@@ -644,7 +737,7 @@ type GetConfigRequest struct {
 
 func (x *GetConfigRequest) Reset() {
 	*x = GetConfigRequest{}
-	mi := &file_atoll_proto_msgTypes[7]
+	mi := &file_atoll_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -656,7 +749,7 @@ func (x *GetConfigRequest) String() string {
 func (*GetConfigRequest) ProtoMessage() {}
 
 func (x *GetConfigRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[7]
+	mi := &file_atoll_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -669,7 +762,7 @@ func (x *GetConfigRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetConfigRequest.ProtoReflect.Descriptor instead.
 func (*GetConfigRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{7}
+	return file_atoll_proto_rawDescGZIP(), []int{8}
 }
 
 type GetConfigResponse struct {
@@ -681,7 +774,7 @@ type GetConfigResponse struct {
 
 func (x *GetConfigResponse) Reset() {
 	*x = GetConfigResponse{}
-	mi := &file_atoll_proto_msgTypes[8]
+	mi := &file_atoll_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -693,7 +786,7 @@ func (x *GetConfigResponse) String() string {
 func (*GetConfigResponse) ProtoMessage() {}
 
 func (x *GetConfigResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[8]
+	mi := &file_atoll_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -706,7 +799,7 @@ func (x *GetConfigResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetConfigResponse.ProtoReflect.Descriptor instead.
 func (*GetConfigResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{8}
+	return file_atoll_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *GetConfigResponse) GetSettings() []*Setting {
@@ -727,7 +820,7 @@ type Setting struct {
 
 func (x *Setting) Reset() {
 	*x = Setting{}
-	mi := &file_atoll_proto_msgTypes[9]
+	mi := &file_atoll_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -739,7 +832,7 @@ func (x *Setting) String() string {
 func (*Setting) ProtoMessage() {}
 
 func (x *Setting) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[9]
+	mi := &file_atoll_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -752,7 +845,7 @@ func (x *Setting) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Setting.ProtoReflect.Descriptor instead.
 func (*Setting) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{9}
+	return file_atoll_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Setting) GetKey() string {
@@ -784,7 +877,7 @@ type DiagnoseRequest struct {
 
 func (x *DiagnoseRequest) Reset() {
 	*x = DiagnoseRequest{}
-	mi := &file_atoll_proto_msgTypes[10]
+	mi := &file_atoll_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -796,7 +889,7 @@ func (x *DiagnoseRequest) String() string {
 func (*DiagnoseRequest) ProtoMessage() {}
 
 func (x *DiagnoseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[10]
+	mi := &file_atoll_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -809,7 +902,7 @@ func (x *DiagnoseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiagnoseRequest.ProtoReflect.Descriptor instead.
 func (*DiagnoseRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{10}
+	return file_atoll_proto_rawDescGZIP(), []int{11}
 }
 
 type DiagnoseResponse struct {
@@ -821,7 +914,7 @@ type DiagnoseResponse struct {
 
 func (x *DiagnoseResponse) Reset() {
 	*x = DiagnoseResponse{}
-	mi := &file_atoll_proto_msgTypes[11]
+	mi := &file_atoll_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -833,7 +926,7 @@ func (x *DiagnoseResponse) String() string {
 func (*DiagnoseResponse) ProtoMessage() {}
 
 func (x *DiagnoseResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[11]
+	mi := &file_atoll_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -846,7 +939,7 @@ func (x *DiagnoseResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiagnoseResponse.ProtoReflect.Descriptor instead.
 func (*DiagnoseResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{11}
+	return file_atoll_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *DiagnoseResponse) GetFindings() []*Finding {
@@ -867,7 +960,7 @@ type Finding struct {
 
 func (x *Finding) Reset() {
 	*x = Finding{}
-	mi := &file_atoll_proto_msgTypes[12]
+	mi := &file_atoll_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -879,7 +972,7 @@ func (x *Finding) String() string {
 func (*Finding) ProtoMessage() {}
 
 func (x *Finding) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[12]
+	mi := &file_atoll_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -892,7 +985,7 @@ func (x *Finding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Finding.ProtoReflect.Descriptor instead.
 func (*Finding) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{12}
+	return file_atoll_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Finding) GetLevel() string {
@@ -925,7 +1018,7 @@ type CreateTokenRequest struct {
 
 func (x *CreateTokenRequest) Reset() {
 	*x = CreateTokenRequest{}
-	mi := &file_atoll_proto_msgTypes[13]
+	mi := &file_atoll_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -937,7 +1030,7 @@ func (x *CreateTokenRequest) String() string {
 func (*CreateTokenRequest) ProtoMessage() {}
 
 func (x *CreateTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[13]
+	mi := &file_atoll_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -950,7 +1043,7 @@ func (x *CreateTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTokenRequest.ProtoReflect.Descriptor instead.
 func (*CreateTokenRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{13}
+	return file_atoll_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *CreateTokenRequest) GetTtl() *durationpb.Duration {
@@ -970,7 +1063,7 @@ type CreateTokenResponse struct {
 
 func (x *CreateTokenResponse) Reset() {
 	*x = CreateTokenResponse{}
-	mi := &file_atoll_proto_msgTypes[14]
+	mi := &file_atoll_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -982,7 +1075,7 @@ func (x *CreateTokenResponse) String() string {
 func (*CreateTokenResponse) ProtoMessage() {}
 
 func (x *CreateTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[14]
+	mi := &file_atoll_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -995,7 +1088,7 @@ func (x *CreateTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTokenResponse.ProtoReflect.Descriptor instead.
 func (*CreateTokenResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{14}
+	return file_atoll_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *CreateTokenResponse) GetToken() string {
@@ -1025,7 +1118,7 @@ type JoinRequest struct {
 
 func (x *JoinRequest) Reset() {
 	*x = JoinRequest{}
-	mi := &file_atoll_proto_msgTypes[15]
+	mi := &file_atoll_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1037,7 +1130,7 @@ func (x *JoinRequest) String() string {
 func (*JoinRequest) ProtoMessage() {}
 
 func (x *JoinRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[15]
+	mi := &file_atoll_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1050,7 +1143,7 @@ func (x *JoinRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinRequest.ProtoReflect.Descriptor instead.
 func (*JoinRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{15}
+	return file_atoll_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *JoinRequest) GetToken() string {
@@ -1102,7 +1195,7 @@ type JoinResponse struct {
 
 func (x *JoinResponse) Reset() {
 	*x = JoinResponse{}
-	mi := &file_atoll_proto_msgTypes[16]
+	mi := &file_atoll_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1114,7 +1207,7 @@ func (x *JoinResponse) String() string {
 func (*JoinResponse) ProtoMessage() {}
 
 func (x *JoinResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[16]
+	mi := &file_atoll_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1127,7 +1220,7 @@ func (x *JoinResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinResponse.ProtoReflect.Descriptor instead.
 func (*JoinResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{16}
+	return file_atoll_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *JoinResponse) GetCertificate() []byte {
@@ -1183,32 +1276,34 @@ type Volume struct {
 	Owner     string                 `protobuf:"bytes,7,opt,name=owner,proto3" json:"owner,omitempty"`
 	ServedBy  string                 `protobuf:"bytes,8,opt,name=served_by,json=servedBy,proto3" json:"served_by,omitempty"` // process id, empty when not open
 	Urls      []string               `protobuf:"bytes,9,rep,name=urls,proto3" json:"urls,omitempty"`                         // how to reach it over NBD
-	// Below: only when the answering server has it open.
+	// Below: only when the answering server has it open. Optional fields are
+	// absent when it has not.
 	Open             bool                   `protobuf:"varint,10,opt,name=open,proto3" json:"open,omitempty"`
-	MappedBytes      int64                  `protobuf:"varint,11,opt,name=mapped_bytes,json=mappedBytes,proto3" json:"mapped_bytes,omitempty"` // blocks that hold data
-	LogBytes         int64                  `protobuf:"varint,12,opt,name=log_bytes,json=logBytes,proto3" json:"log_bytes,omitempty"`          // in its segments, one copy
-	LiveBytes        int64                  `protobuf:"varint,13,opt,name=live_bytes,json=liveBytes,proto3" json:"live_bytes,omitempty"`
-	Segments         int32                  `protobuf:"varint,14,opt,name=segments,proto3" json:"segments,omitempty"`
+	MappedBytes      *int64                 `protobuf:"varint,11,opt,name=mapped_bytes,json=mappedBytes,proto3,oneof" json:"mapped_bytes,omitempty"` // blocks that hold data
+	LogBytes         *int64                 `protobuf:"varint,12,opt,name=log_bytes,json=logBytes,proto3,oneof" json:"log_bytes,omitempty"`          // in its segments, one copy
+	LiveBytes        *int64                 `protobuf:"varint,13,opt,name=live_bytes,json=liveBytes,proto3,oneof" json:"live_bytes,omitempty"`
+	Segments         *int32                 `protobuf:"varint,14,opt,name=segments,proto3,oneof" json:"segments,omitempty"`
 	Connections      int32                  `protobuf:"varint,15,opt,name=connections,proto3" json:"connections,omitempty"`
 	Epoch            uint64                 `protobuf:"varint,16,opt,name=epoch,proto3" json:"epoch,omitempty"`
-	ShortSegments    int32                  `protobuf:"varint,17,opt,name=short_segments,json=shortSegments,proto3" json:"short_segments,omitempty"` // with a copy missing or not yet verified
+	ShortSegments    *int32                 `protobuf:"varint,17,opt,name=short_segments,json=shortSegments,proto3,oneof" json:"short_segments,omitempty"` // with a copy missing or not yet verified
 	Description      string                 `protobuf:"bytes,18,opt,name=description,proto3" json:"description,omitempty"`
-	Versions         int32                  `protobuf:"varint,19,opt,name=versions,proto3" json:"versions,omitempty"`
-	Last             uint64                 `protobuf:"varint,20,opt,name=last,proto3" json:"last,omitempty"`                                                                                      // number of the newest version, 0 = none
-	Release          uint64                 `protobuf:"varint,21,opt,name=release,proto3" json:"release,omitempty"`                                                                                // number of the released version, 0 = none
+	Versions         *int32                 `protobuf:"varint,19,opt,name=versions,proto3,oneof" json:"versions,omitempty"`
+	Last             *uint64                `protobuf:"varint,20,opt,name=last,proto3,oneof" json:"last,omitempty"`                                                                                // number of the newest version, 0 = none
+	Release          *uint64                `protobuf:"varint,21,opt,name=release,proto3,oneof" json:"release,omitempty"`                                                                          // number of the released version, 0 = none
 	Parent           string                 `protobuf:"bytes,22,opt,name=parent,proto3" json:"parent,omitempty"`                                                                                   // NAME@VERSION that this is a clone of, or the id of a parent that has no name any more
 	Properties       map[string]string      `protobuf:"bytes,23,rep,name=properties,proto3" json:"properties,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // free; rbd's striping parameters and image-meta are kept here
 	Limits           *Limits                `protobuf:"bytes,24,opt,name=limits,proto3" json:"limits,omitempty"`
 	Schedule         string                 `protobuf:"bytes,25,opt,name=schedule,proto3" json:"schedule,omitempty"`
-	ReclaimableBytes int64                  `protobuf:"varint,26,opt,name=reclaimable_bytes,json=reclaimableBytes,proto3" json:"reclaimable_bytes,omitempty"`
-	Expires          *timestamppb.Timestamp `protobuf:"bytes,27,opt,name=expires,proto3" json:"expires,omitempty"` // of one in the trash
+	ReclaimableBytes *int64                 `protobuf:"varint,26,opt,name=reclaimable_bytes,json=reclaimableBytes,proto3,oneof" json:"reclaimable_bytes,omitempty"`
+	Expires          *timestamppb.Timestamp `protobuf:"bytes,27,opt,name=expires,proto3" json:"expires,omitempty"`                       // of one in the trash
+	KeptBytes        int64                  `protobuf:"varint,28,opt,name=kept_bytes,json=keptBytes,proto3" json:"kept_bytes,omitempty"` // that its deleted parents take, one copy; only of one volume that was asked for
 	unknownFields    protoimpl.UnknownFields
 	sizeCache        protoimpl.SizeCache
 }
 
 func (x *Volume) Reset() {
 	*x = Volume{}
-	mi := &file_atoll_proto_msgTypes[17]
+	mi := &file_atoll_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1220,7 +1315,7 @@ func (x *Volume) String() string {
 func (*Volume) ProtoMessage() {}
 
 func (x *Volume) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[17]
+	mi := &file_atoll_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1233,7 +1328,7 @@ func (x *Volume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Volume.ProtoReflect.Descriptor instead.
 func (*Volume) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{17}
+	return file_atoll_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Volume) GetId() string {
@@ -1307,29 +1402,29 @@ func (x *Volume) GetOpen() bool {
 }
 
 func (x *Volume) GetMappedBytes() int64 {
-	if x != nil {
-		return x.MappedBytes
+	if x != nil && x.MappedBytes != nil {
+		return *x.MappedBytes
 	}
 	return 0
 }
 
 func (x *Volume) GetLogBytes() int64 {
-	if x != nil {
-		return x.LogBytes
+	if x != nil && x.LogBytes != nil {
+		return *x.LogBytes
 	}
 	return 0
 }
 
 func (x *Volume) GetLiveBytes() int64 {
-	if x != nil {
-		return x.LiveBytes
+	if x != nil && x.LiveBytes != nil {
+		return *x.LiveBytes
 	}
 	return 0
 }
 
 func (x *Volume) GetSegments() int32 {
-	if x != nil {
-		return x.Segments
+	if x != nil && x.Segments != nil {
+		return *x.Segments
 	}
 	return 0
 }
@@ -1349,8 +1444,8 @@ func (x *Volume) GetEpoch() uint64 {
 }
 
 func (x *Volume) GetShortSegments() int32 {
-	if x != nil {
-		return x.ShortSegments
+	if x != nil && x.ShortSegments != nil {
+		return *x.ShortSegments
 	}
 	return 0
 }
@@ -1363,22 +1458,22 @@ func (x *Volume) GetDescription() string {
 }
 
 func (x *Volume) GetVersions() int32 {
-	if x != nil {
-		return x.Versions
+	if x != nil && x.Versions != nil {
+		return *x.Versions
 	}
 	return 0
 }
 
 func (x *Volume) GetLast() uint64 {
-	if x != nil {
-		return x.Last
+	if x != nil && x.Last != nil {
+		return *x.Last
 	}
 	return 0
 }
 
 func (x *Volume) GetRelease() uint64 {
-	if x != nil {
-		return x.Release
+	if x != nil && x.Release != nil {
+		return *x.Release
 	}
 	return 0
 }
@@ -1412,8 +1507,8 @@ func (x *Volume) GetSchedule() string {
 }
 
 func (x *Volume) GetReclaimableBytes() int64 {
-	if x != nil {
-		return x.ReclaimableBytes
+	if x != nil && x.ReclaimableBytes != nil {
+		return *x.ReclaimableBytes
 	}
 	return 0
 }
@@ -1423,6 +1518,13 @@ func (x *Volume) GetExpires() *timestamppb.Timestamp {
 		return x.Expires
 	}
 	return nil
+}
+
+func (x *Volume) GetKeptBytes() int64 {
+	if x != nil {
+		return x.KeptBytes
+	}
+	return 0
 }
 
 type CreateVolumeRequest struct {
@@ -1442,7 +1544,7 @@ type CreateVolumeRequest struct {
 
 func (x *CreateVolumeRequest) Reset() {
 	*x = CreateVolumeRequest{}
-	mi := &file_atoll_proto_msgTypes[18]
+	mi := &file_atoll_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1454,7 +1556,7 @@ func (x *CreateVolumeRequest) String() string {
 func (*CreateVolumeRequest) ProtoMessage() {}
 
 func (x *CreateVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[18]
+	mi := &file_atoll_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1467,7 +1569,7 @@ func (x *CreateVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateVolumeRequest.ProtoReflect.Descriptor instead.
 func (*CreateVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{18}
+	return file_atoll_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *CreateVolumeRequest) GetName() string {
@@ -1543,7 +1645,7 @@ type ListVolumesRequest struct {
 
 func (x *ListVolumesRequest) Reset() {
 	*x = ListVolumesRequest{}
-	mi := &file_atoll_proto_msgTypes[19]
+	mi := &file_atoll_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1555,7 +1657,7 @@ func (x *ListVolumesRequest) String() string {
 func (*ListVolumesRequest) ProtoMessage() {}
 
 func (x *ListVolumesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[19]
+	mi := &file_atoll_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1568,7 +1670,7 @@ func (x *ListVolumesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListVolumesRequest.ProtoReflect.Descriptor instead.
 func (*ListVolumesRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{19}
+	return file_atoll_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *ListVolumesRequest) GetAfter() string {
@@ -1595,7 +1697,7 @@ type ListVolumesResponse struct {
 
 func (x *ListVolumesResponse) Reset() {
 	*x = ListVolumesResponse{}
-	mi := &file_atoll_proto_msgTypes[20]
+	mi := &file_atoll_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1607,7 +1709,7 @@ func (x *ListVolumesResponse) String() string {
 func (*ListVolumesResponse) ProtoMessage() {}
 
 func (x *ListVolumesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[20]
+	mi := &file_atoll_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1620,7 +1722,7 @@ func (x *ListVolumesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListVolumesResponse.ProtoReflect.Descriptor instead.
 func (*ListVolumesResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{20}
+	return file_atoll_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ListVolumesResponse) GetVolumes() []*Volume {
@@ -1647,7 +1749,7 @@ type GetVolumeRequest struct {
 
 func (x *GetVolumeRequest) Reset() {
 	*x = GetVolumeRequest{}
-	mi := &file_atoll_proto_msgTypes[21]
+	mi := &file_atoll_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1659,7 +1761,7 @@ func (x *GetVolumeRequest) String() string {
 func (*GetVolumeRequest) ProtoMessage() {}
 
 func (x *GetVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[21]
+	mi := &file_atoll_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1672,7 +1774,7 @@ func (x *GetVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetVolumeRequest.ProtoReflect.Descriptor instead.
 func (*GetVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{21}
+	return file_atoll_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *GetVolumeRequest) GetName() string {
@@ -1700,7 +1802,7 @@ type ResizeVolumeRequest struct {
 
 func (x *ResizeVolumeRequest) Reset() {
 	*x = ResizeVolumeRequest{}
-	mi := &file_atoll_proto_msgTypes[22]
+	mi := &file_atoll_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1712,7 +1814,7 @@ func (x *ResizeVolumeRequest) String() string {
 func (*ResizeVolumeRequest) ProtoMessage() {}
 
 func (x *ResizeVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[22]
+	mi := &file_atoll_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1725,7 +1827,7 @@ func (x *ResizeVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeVolumeRequest.ProtoReflect.Descriptor instead.
 func (*ResizeVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{22}
+	return file_atoll_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ResizeVolumeRequest) GetName() string {
@@ -1760,7 +1862,7 @@ type DeleteVolumeRequest struct {
 
 func (x *DeleteVolumeRequest) Reset() {
 	*x = DeleteVolumeRequest{}
-	mi := &file_atoll_proto_msgTypes[23]
+	mi := &file_atoll_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1772,7 +1874,7 @@ func (x *DeleteVolumeRequest) String() string {
 func (*DeleteVolumeRequest) ProtoMessage() {}
 
 func (x *DeleteVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[23]
+	mi := &file_atoll_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1785,7 +1887,7 @@ func (x *DeleteVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteVolumeRequest.ProtoReflect.Descriptor instead.
 func (*DeleteVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{23}
+	return file_atoll_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *DeleteVolumeRequest) GetName() string {
@@ -1820,7 +1922,7 @@ type DeleteVolumeResponse struct {
 
 func (x *DeleteVolumeResponse) Reset() {
 	*x = DeleteVolumeResponse{}
-	mi := &file_atoll_proto_msgTypes[24]
+	mi := &file_atoll_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1832,7 +1934,7 @@ func (x *DeleteVolumeResponse) String() string {
 func (*DeleteVolumeResponse) ProtoMessage() {}
 
 func (x *DeleteVolumeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[24]
+	mi := &file_atoll_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1845,7 +1947,7 @@ func (x *DeleteVolumeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteVolumeResponse.ProtoReflect.Descriptor instead.
 func (*DeleteVolumeResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{24}
+	return file_atoll_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *DeleteVolumeResponse) GetBytes() int64 {
@@ -1879,7 +1981,7 @@ type CheckVolumeRequest struct {
 
 func (x *CheckVolumeRequest) Reset() {
 	*x = CheckVolumeRequest{}
-	mi := &file_atoll_proto_msgTypes[25]
+	mi := &file_atoll_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1891,7 +1993,7 @@ func (x *CheckVolumeRequest) String() string {
 func (*CheckVolumeRequest) ProtoMessage() {}
 
 func (x *CheckVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[25]
+	mi := &file_atoll_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1904,7 +2006,7 @@ func (x *CheckVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckVolumeRequest.ProtoReflect.Descriptor instead.
 func (*CheckVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{25}
+	return file_atoll_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *CheckVolumeRequest) GetName() string {
@@ -1936,7 +2038,7 @@ type CheckVolumeResponse struct {
 
 func (x *CheckVolumeResponse) Reset() {
 	*x = CheckVolumeResponse{}
-	mi := &file_atoll_proto_msgTypes[26]
+	mi := &file_atoll_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1948,7 +2050,7 @@ func (x *CheckVolumeResponse) String() string {
 func (*CheckVolumeResponse) ProtoMessage() {}
 
 func (x *CheckVolumeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[26]
+	mi := &file_atoll_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1961,7 +2063,7 @@ func (x *CheckVolumeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckVolumeResponse.ProtoReflect.Descriptor instead.
 func (*CheckVolumeResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{26}
+	return file_atoll_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *CheckVolumeResponse) GetBlocks() int64 {
@@ -2032,13 +2134,14 @@ type Version struct {
 	Properties    map[string]string      `protobuf:"bytes,15,rep,name=properties,proto3" json:"properties,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	Medium        string                 `protobuf:"bytes,16,opt,name=medium,proto3" json:"medium,omitempty"` // name
 	MediumId      string                 `protobuf:"bytes,17,opt,name=medium_id,json=mediumId,proto3" json:"medium_id,omitempty"`
+	Internal      bool                   `protobuf:"varint,18,opt,name=internal,proto3" json:"internal,omitempty"` // made by the server itself, shown with "all" only
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Version) Reset() {
 	*x = Version{}
-	mi := &file_atoll_proto_msgTypes[27]
+	mi := &file_atoll_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2050,7 +2153,7 @@ func (x *Version) String() string {
 func (*Version) ProtoMessage() {}
 
 func (x *Version) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[27]
+	mi := &file_atoll_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2063,7 +2166,7 @@ func (x *Version) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Version.ProtoReflect.Descriptor instead.
 func (*Version) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{27}
+	return file_atoll_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Version) GetNumber() uint64 {
@@ -2185,6 +2288,13 @@ func (x *Version) GetMediumId() string {
 	return ""
 }
 
+func (x *Version) GetInternal() bool {
+	if x != nil {
+		return x.Internal
+	}
+	return false
+}
+
 type CreateVersionRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Media         []string               `protobuf:"bytes,1,rep,name=media,proto3" json:"media,omitempty"` // names; several make one consistent point
@@ -2198,7 +2308,7 @@ type CreateVersionRequest struct {
 
 func (x *CreateVersionRequest) Reset() {
 	*x = CreateVersionRequest{}
-	mi := &file_atoll_proto_msgTypes[28]
+	mi := &file_atoll_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2210,7 +2320,7 @@ func (x *CreateVersionRequest) String() string {
 func (*CreateVersionRequest) ProtoMessage() {}
 
 func (x *CreateVersionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[28]
+	mi := &file_atoll_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2223,7 +2333,7 @@ func (x *CreateVersionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateVersionRequest.ProtoReflect.Descriptor instead.
 func (*CreateVersionRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{28}
+	return file_atoll_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *CreateVersionRequest) GetMedia() []string {
@@ -2270,7 +2380,7 @@ type CreateVersionResponse struct {
 
 func (x *CreateVersionResponse) Reset() {
 	*x = CreateVersionResponse{}
-	mi := &file_atoll_proto_msgTypes[29]
+	mi := &file_atoll_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2282,7 +2392,7 @@ func (x *CreateVersionResponse) String() string {
 func (*CreateVersionResponse) ProtoMessage() {}
 
 func (x *CreateVersionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[29]
+	mi := &file_atoll_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2295,7 +2405,7 @@ func (x *CreateVersionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateVersionResponse.ProtoReflect.Descriptor instead.
 func (*CreateVersionResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{29}
+	return file_atoll_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *CreateVersionResponse) GetVersions() []*Version {
@@ -2316,7 +2426,7 @@ type ListVersionsRequest struct {
 
 func (x *ListVersionsRequest) Reset() {
 	*x = ListVersionsRequest{}
-	mi := &file_atoll_proto_msgTypes[30]
+	mi := &file_atoll_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2328,7 +2438,7 @@ func (x *ListVersionsRequest) String() string {
 func (*ListVersionsRequest) ProtoMessage() {}
 
 func (x *ListVersionsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[30]
+	mi := &file_atoll_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2341,7 +2451,7 @@ func (x *ListVersionsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListVersionsRequest.ProtoReflect.Descriptor instead.
 func (*ListVersionsRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{30}
+	return file_atoll_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *ListVersionsRequest) GetName() string {
@@ -2377,7 +2487,7 @@ type ListVersionsResponse struct {
 
 func (x *ListVersionsResponse) Reset() {
 	*x = ListVersionsResponse{}
-	mi := &file_atoll_proto_msgTypes[31]
+	mi := &file_atoll_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2389,7 +2499,7 @@ func (x *ListVersionsResponse) String() string {
 func (*ListVersionsResponse) ProtoMessage() {}
 
 func (x *ListVersionsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[31]
+	mi := &file_atoll_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2402,7 +2512,7 @@ func (x *ListVersionsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListVersionsResponse.ProtoReflect.Descriptor instead.
 func (*ListVersionsResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{31}
+	return file_atoll_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *ListVersionsResponse) GetVersions() []*Version {
@@ -2445,7 +2555,7 @@ type UpdateVersionRequest struct {
 
 func (x *UpdateVersionRequest) Reset() {
 	*x = UpdateVersionRequest{}
-	mi := &file_atoll_proto_msgTypes[32]
+	mi := &file_atoll_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2457,7 +2567,7 @@ func (x *UpdateVersionRequest) String() string {
 func (*UpdateVersionRequest) ProtoMessage() {}
 
 func (x *UpdateVersionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[32]
+	mi := &file_atoll_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2470,7 +2580,7 @@ func (x *UpdateVersionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateVersionRequest.ProtoReflect.Descriptor instead.
 func (*UpdateVersionRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{32}
+	return file_atoll_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *UpdateVersionRequest) GetName() string {
@@ -2512,7 +2622,7 @@ type DeleteVersionRequest struct {
 
 func (x *DeleteVersionRequest) Reset() {
 	*x = DeleteVersionRequest{}
-	mi := &file_atoll_proto_msgTypes[33]
+	mi := &file_atoll_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2524,7 +2634,7 @@ func (x *DeleteVersionRequest) String() string {
 func (*DeleteVersionRequest) ProtoMessage() {}
 
 func (x *DeleteVersionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[33]
+	mi := &file_atoll_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2537,7 +2647,7 @@ func (x *DeleteVersionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteVersionRequest.ProtoReflect.Descriptor instead.
 func (*DeleteVersionRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{33}
+	return file_atoll_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *DeleteVersionRequest) GetName() string {
@@ -2571,7 +2681,7 @@ type DeleteVersionResponse struct {
 
 func (x *DeleteVersionResponse) Reset() {
 	*x = DeleteVersionResponse{}
-	mi := &file_atoll_proto_msgTypes[34]
+	mi := &file_atoll_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2583,7 +2693,7 @@ func (x *DeleteVersionResponse) String() string {
 func (*DeleteVersionResponse) ProtoMessage() {}
 
 func (x *DeleteVersionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[34]
+	mi := &file_atoll_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2596,7 +2706,7 @@ func (x *DeleteVersionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteVersionResponse.ProtoReflect.Descriptor instead.
 func (*DeleteVersionResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{34}
+	return file_atoll_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *DeleteVersionResponse) GetBytes() int64 {
@@ -2622,7 +2732,7 @@ type ReleaseVersionRequest struct {
 
 func (x *ReleaseVersionRequest) Reset() {
 	*x = ReleaseVersionRequest{}
-	mi := &file_atoll_proto_msgTypes[35]
+	mi := &file_atoll_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2634,7 +2744,7 @@ func (x *ReleaseVersionRequest) String() string {
 func (*ReleaseVersionRequest) ProtoMessage() {}
 
 func (x *ReleaseVersionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[35]
+	mi := &file_atoll_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2647,7 +2757,7 @@ func (x *ReleaseVersionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseVersionRequest.ProtoReflect.Descriptor instead.
 func (*ReleaseVersionRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{35}
+	return file_atoll_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *ReleaseVersionRequest) GetName() string {
@@ -2667,7 +2777,7 @@ type RestoreVersionRequest struct {
 
 func (x *RestoreVersionRequest) Reset() {
 	*x = RestoreVersionRequest{}
-	mi := &file_atoll_proto_msgTypes[36]
+	mi := &file_atoll_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2679,7 +2789,7 @@ func (x *RestoreVersionRequest) String() string {
 func (*RestoreVersionRequest) ProtoMessage() {}
 
 func (x *RestoreVersionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[36]
+	mi := &file_atoll_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2692,7 +2802,7 @@ func (x *RestoreVersionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreVersionRequest.ProtoReflect.Descriptor instead.
 func (*RestoreVersionRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{36}
+	return file_atoll_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *RestoreVersionRequest) GetName() string {
@@ -2719,7 +2829,7 @@ type RestoreVersionResponse struct {
 
 func (x *RestoreVersionResponse) Reset() {
 	*x = RestoreVersionResponse{}
-	mi := &file_atoll_proto_msgTypes[37]
+	mi := &file_atoll_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2731,7 +2841,7 @@ func (x *RestoreVersionResponse) String() string {
 func (*RestoreVersionResponse) ProtoMessage() {}
 
 func (x *RestoreVersionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[37]
+	mi := &file_atoll_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2744,7 +2854,7 @@ func (x *RestoreVersionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreVersionResponse.ProtoReflect.Descriptor instead.
 func (*RestoreVersionResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{37}
+	return file_atoll_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *RestoreVersionResponse) GetVersion() *Version {
@@ -2775,7 +2885,7 @@ type CloneVersionRequest struct {
 
 func (x *CloneVersionRequest) Reset() {
 	*x = CloneVersionRequest{}
-	mi := &file_atoll_proto_msgTypes[38]
+	mi := &file_atoll_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2787,7 +2897,7 @@ func (x *CloneVersionRequest) String() string {
 func (*CloneVersionRequest) ProtoMessage() {}
 
 func (x *CloneVersionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[38]
+	mi := &file_atoll_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2800,7 +2910,7 @@ func (x *CloneVersionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloneVersionRequest.ProtoReflect.Descriptor instead.
 func (*CloneVersionRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{38}
+	return file_atoll_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *CloneVersionRequest) GetSource() string {
@@ -2854,7 +2964,7 @@ type FlattenRequest struct {
 
 func (x *FlattenRequest) Reset() {
 	*x = FlattenRequest{}
-	mi := &file_atoll_proto_msgTypes[39]
+	mi := &file_atoll_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2866,7 +2976,7 @@ func (x *FlattenRequest) String() string {
 func (*FlattenRequest) ProtoMessage() {}
 
 func (x *FlattenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[39]
+	mi := &file_atoll_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2879,7 +2989,7 @@ func (x *FlattenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FlattenRequest.ProtoReflect.Descriptor instead.
 func (*FlattenRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{39}
+	return file_atoll_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *FlattenRequest) GetName() string {
@@ -2899,7 +3009,7 @@ type ListChildrenRequest struct {
 
 func (x *ListChildrenRequest) Reset() {
 	*x = ListChildrenRequest{}
-	mi := &file_atoll_proto_msgTypes[40]
+	mi := &file_atoll_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2911,7 +3021,7 @@ func (x *ListChildrenRequest) String() string {
 func (*ListChildrenRequest) ProtoMessage() {}
 
 func (x *ListChildrenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[40]
+	mi := &file_atoll_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2924,7 +3034,7 @@ func (x *ListChildrenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListChildrenRequest.ProtoReflect.Descriptor instead.
 func (*ListChildrenRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{40}
+	return file_atoll_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *ListChildrenRequest) GetName() string {
@@ -2950,7 +3060,7 @@ type ListChildrenResponse struct {
 
 func (x *ListChildrenResponse) Reset() {
 	*x = ListChildrenResponse{}
-	mi := &file_atoll_proto_msgTypes[41]
+	mi := &file_atoll_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2962,7 +3072,7 @@ func (x *ListChildrenResponse) String() string {
 func (*ListChildrenResponse) ProtoMessage() {}
 
 func (x *ListChildrenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[41]
+	mi := &file_atoll_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2975,7 +3085,7 @@ func (x *ListChildrenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListChildrenResponse.ProtoReflect.Descriptor instead.
 func (*ListChildrenResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{41}
+	return file_atoll_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *ListChildrenResponse) GetChildren() []*Child {
@@ -2998,7 +3108,7 @@ type Child struct {
 
 func (x *Child) Reset() {
 	*x = Child{}
-	mi := &file_atoll_proto_msgTypes[42]
+	mi := &file_atoll_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3010,7 +3120,7 @@ func (x *Child) String() string {
 func (*Child) ProtoMessage() {}
 
 func (x *Child) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[42]
+	mi := &file_atoll_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3023,7 +3133,7 @@ func (x *Child) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Child.ProtoReflect.Descriptor instead.
 func (*Child) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{42}
+	return file_atoll_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *Child) GetName() string {
@@ -3073,7 +3183,7 @@ type DiffRequest struct {
 
 func (x *DiffRequest) Reset() {
 	*x = DiffRequest{}
-	mi := &file_atoll_proto_msgTypes[43]
+	mi := &file_atoll_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3085,7 +3195,7 @@ func (x *DiffRequest) String() string {
 func (*DiffRequest) ProtoMessage() {}
 
 func (x *DiffRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[43]
+	mi := &file_atoll_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3098,7 +3208,7 @@ func (x *DiffRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiffRequest.ProtoReflect.Descriptor instead.
 func (*DiffRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{43}
+	return file_atoll_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *DiffRequest) GetName() string {
@@ -3139,7 +3249,7 @@ type DiffResponse struct {
 
 func (x *DiffResponse) Reset() {
 	*x = DiffResponse{}
-	mi := &file_atoll_proto_msgTypes[44]
+	mi := &file_atoll_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3151,7 +3261,7 @@ func (x *DiffResponse) String() string {
 func (*DiffResponse) ProtoMessage() {}
 
 func (x *DiffResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[44]
+	mi := &file_atoll_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3164,7 +3274,7 @@ func (x *DiffResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiffResponse.ProtoReflect.Descriptor instead.
 func (*DiffResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{44}
+	return file_atoll_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *DiffResponse) GetExtents() []*Extent {
@@ -3192,7 +3302,7 @@ type Extent struct {
 
 func (x *Extent) Reset() {
 	*x = Extent{}
-	mi := &file_atoll_proto_msgTypes[45]
+	mi := &file_atoll_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3204,7 +3314,7 @@ func (x *Extent) String() string {
 func (*Extent) ProtoMessage() {}
 
 func (x *Extent) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[45]
+	mi := &file_atoll_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3217,7 +3327,7 @@ func (x *Extent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Extent.ProtoReflect.Descriptor instead.
 func (*Extent) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{45}
+	return file_atoll_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *Extent) GetOffset() int64 {
@@ -3251,7 +3361,7 @@ type SetScheduleRequest struct {
 
 func (x *SetScheduleRequest) Reset() {
 	*x = SetScheduleRequest{}
-	mi := &file_atoll_proto_msgTypes[46]
+	mi := &file_atoll_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3263,7 +3373,7 @@ func (x *SetScheduleRequest) String() string {
 func (*SetScheduleRequest) ProtoMessage() {}
 
 func (x *SetScheduleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[46]
+	mi := &file_atoll_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3276,7 +3386,7 @@ func (x *SetScheduleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetScheduleRequest.ProtoReflect.Descriptor instead.
 func (*SetScheduleRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{46}
+	return file_atoll_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *SetScheduleRequest) GetName() string {
@@ -3302,7 +3412,7 @@ type SetScheduleResponse struct {
 
 func (x *SetScheduleResponse) Reset() {
 	*x = SetScheduleResponse{}
-	mi := &file_atoll_proto_msgTypes[47]
+	mi := &file_atoll_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3314,7 +3424,7 @@ func (x *SetScheduleResponse) String() string {
 func (*SetScheduleResponse) ProtoMessage() {}
 
 func (x *SetScheduleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[47]
+	mi := &file_atoll_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3327,7 +3437,7 @@ func (x *SetScheduleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetScheduleResponse.ProtoReflect.Descriptor instead.
 func (*SetScheduleResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{47}
+	return file_atoll_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *SetScheduleResponse) GetSchedule() string {
@@ -3349,7 +3459,7 @@ type BeginImportRequest struct {
 
 func (x *BeginImportRequest) Reset() {
 	*x = BeginImportRequest{}
-	mi := &file_atoll_proto_msgTypes[48]
+	mi := &file_atoll_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3361,7 +3471,7 @@ func (x *BeginImportRequest) String() string {
 func (*BeginImportRequest) ProtoMessage() {}
 
 func (x *BeginImportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[48]
+	mi := &file_atoll_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3374,7 +3484,7 @@ func (x *BeginImportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BeginImportRequest.ProtoReflect.Descriptor instead.
 func (*BeginImportRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{48}
+	return file_atoll_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *BeginImportRequest) GetName() string {
@@ -3408,14 +3518,15 @@ func (x *BeginImportRequest) GetSizeBytes() int64 {
 type BeginImportResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	ImportId      string                 `protobuf:"bytes,1,opt,name=import_id,json=importId,proto3" json:"import_id,omitempty"`
-	Export        string                 `protobuf:"bytes,2,opt,name=export,proto3" json:"export,omitempty"`
+	Export        string                 `protobuf:"bytes,2,opt,name=export,proto3" json:"export,omitempty"` // NBD export to write to, on the server that owns the volume
+	Urls          []string               `protobuf:"bytes,3,rep,name=urls,proto3" json:"urls,omitempty"`     // of that export
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *BeginImportResponse) Reset() {
 	*x = BeginImportResponse{}
-	mi := &file_atoll_proto_msgTypes[49]
+	mi := &file_atoll_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3427,7 +3538,7 @@ func (x *BeginImportResponse) String() string {
 func (*BeginImportResponse) ProtoMessage() {}
 
 func (x *BeginImportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[49]
+	mi := &file_atoll_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3440,7 +3551,7 @@ func (x *BeginImportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BeginImportResponse.ProtoReflect.Descriptor instead.
 func (*BeginImportResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{49}
+	return file_atoll_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *BeginImportResponse) GetImportId() string {
@@ -3457,19 +3568,28 @@ func (x *BeginImportResponse) GetExport() string {
 	return ""
 }
 
+func (x *BeginImportResponse) GetUrls() []string {
+	if x != nil {
+		return x.Urls
+	}
+	return nil
+}
+
 type CommitImportRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	ImportId      string                 `protobuf:"bytes,1,opt,name=import_id,json=importId,proto3" json:"import_id,omitempty"`
-	To            string                 `protobuf:"bytes,2,opt,name=to,proto3" json:"to,omitempty"`
+	To            string                 `protobuf:"bytes,2,opt,name=to,proto3" json:"to,omitempty"` // name of the version to make; empty = none
 	Protected     bool                   `protobuf:"varint,3,opt,name=protected,proto3" json:"protected,omitempty"`
 	Medium        string                 `protobuf:"bytes,4,opt,name=medium,proto3" json:"medium,omitempty"`
+	Memo          string                 `protobuf:"bytes,5,opt,name=memo,proto3" json:"memo,omitempty"`
+	Properties    map[string]string      `protobuf:"bytes,6,rep,name=properties,proto3" json:"properties,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"` // of the version
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *CommitImportRequest) Reset() {
 	*x = CommitImportRequest{}
-	mi := &file_atoll_proto_msgTypes[50]
+	mi := &file_atoll_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3481,7 +3601,7 @@ func (x *CommitImportRequest) String() string {
 func (*CommitImportRequest) ProtoMessage() {}
 
 func (x *CommitImportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[50]
+	mi := &file_atoll_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3494,7 +3614,7 @@ func (x *CommitImportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CommitImportRequest.ProtoReflect.Descriptor instead.
 func (*CommitImportRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{50}
+	return file_atoll_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *CommitImportRequest) GetImportId() string {
@@ -3525,6 +3645,20 @@ func (x *CommitImportRequest) GetMedium() string {
 	return ""
 }
 
+func (x *CommitImportRequest) GetMemo() string {
+	if x != nil {
+		return x.Memo
+	}
+	return ""
+}
+
+func (x *CommitImportRequest) GetProperties() map[string]string {
+	if x != nil {
+		return x.Properties
+	}
+	return nil
+}
+
 type AbortImportRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	ImportId      string                 `protobuf:"bytes,1,opt,name=import_id,json=importId,proto3" json:"import_id,omitempty"`
@@ -3535,7 +3669,7 @@ type AbortImportRequest struct {
 
 func (x *AbortImportRequest) Reset() {
 	*x = AbortImportRequest{}
-	mi := &file_atoll_proto_msgTypes[51]
+	mi := &file_atoll_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3547,7 +3681,7 @@ func (x *AbortImportRequest) String() string {
 func (*AbortImportRequest) ProtoMessage() {}
 
 func (x *AbortImportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[51]
+	mi := &file_atoll_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3560,7 +3694,7 @@ func (x *AbortImportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortImportRequest.ProtoReflect.Descriptor instead.
 func (*AbortImportRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{51}
+	return file_atoll_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *AbortImportRequest) GetImportId() string {
@@ -3585,7 +3719,7 @@ type AbortImportResponse struct {
 
 func (x *AbortImportResponse) Reset() {
 	*x = AbortImportResponse{}
-	mi := &file_atoll_proto_msgTypes[52]
+	mi := &file_atoll_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3597,7 +3731,7 @@ func (x *AbortImportResponse) String() string {
 func (*AbortImportResponse) ProtoMessage() {}
 
 func (x *AbortImportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[52]
+	mi := &file_atoll_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3610,7 +3744,7 @@ func (x *AbortImportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortImportResponse.ProtoReflect.Descriptor instead.
 func (*AbortImportResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{52}
+	return file_atoll_proto_rawDescGZIP(), []int{53}
 }
 
 type KeepImportRequest struct {
@@ -3623,7 +3757,7 @@ type KeepImportRequest struct {
 
 func (x *KeepImportRequest) Reset() {
 	*x = KeepImportRequest{}
-	mi := &file_atoll_proto_msgTypes[53]
+	mi := &file_atoll_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3635,7 +3769,7 @@ func (x *KeepImportRequest) String() string {
 func (*KeepImportRequest) ProtoMessage() {}
 
 func (x *KeepImportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[53]
+	mi := &file_atoll_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3648,7 +3782,7 @@ func (x *KeepImportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeepImportRequest.ProtoReflect.Descriptor instead.
 func (*KeepImportRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{53}
+	return file_atoll_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *KeepImportRequest) GetImportId() string {
@@ -3673,7 +3807,7 @@ type KeepImportResponse struct {
 
 func (x *KeepImportResponse) Reset() {
 	*x = KeepImportResponse{}
-	mi := &file_atoll_proto_msgTypes[54]
+	mi := &file_atoll_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3685,7 +3819,7 @@ func (x *KeepImportResponse) String() string {
 func (*KeepImportResponse) ProtoMessage() {}
 
 func (x *KeepImportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[54]
+	mi := &file_atoll_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3698,13 +3832,13 @@ func (x *KeepImportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeepImportResponse.ProtoReflect.Descriptor instead.
 func (*KeepImportResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{54}
+	return file_atoll_proto_rawDescGZIP(), []int{55}
 }
 
 type Entry struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Path          string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"` // without a leading slash; "" is the root
-	Id            string                 `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"`
+	Id            string                 `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"`     // of a medium 16 hexadecimal digits, of a directory dir:NUMBER
 	ParentId      string                 `protobuf:"bytes,3,opt,name=parent_id,json=parentId,proto3" json:"parent_id,omitempty"`
 	Kind          string                 `protobuf:"bytes,4,opt,name=kind,proto3" json:"kind,omitempty"` // dir, volume, fs, db
 	Owner         string                 `protobuf:"bytes,5,opt,name=owner,proto3" json:"owner,omitempty"`
@@ -3719,7 +3853,7 @@ type Entry struct {
 
 func (x *Entry) Reset() {
 	*x = Entry{}
-	mi := &file_atoll_proto_msgTypes[55]
+	mi := &file_atoll_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3731,7 +3865,7 @@ func (x *Entry) String() string {
 func (*Entry) ProtoMessage() {}
 
 func (x *Entry) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[55]
+	mi := &file_atoll_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3744,7 +3878,7 @@ func (x *Entry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Entry.ProtoReflect.Descriptor instead.
 func (*Entry) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{55}
+	return file_atoll_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *Entry) GetPath() string {
@@ -3828,7 +3962,7 @@ type MakeDirectoryRequest struct {
 
 func (x *MakeDirectoryRequest) Reset() {
 	*x = MakeDirectoryRequest{}
-	mi := &file_atoll_proto_msgTypes[56]
+	mi := &file_atoll_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3840,7 +3974,7 @@ func (x *MakeDirectoryRequest) String() string {
 func (*MakeDirectoryRequest) ProtoMessage() {}
 
 func (x *MakeDirectoryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[56]
+	mi := &file_atoll_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3853,7 +3987,7 @@ func (x *MakeDirectoryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MakeDirectoryRequest.ProtoReflect.Descriptor instead.
 func (*MakeDirectoryRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{56}
+	return file_atoll_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *MakeDirectoryRequest) GetPath() string {
@@ -3886,7 +4020,7 @@ type RemoveDirectoryRequest struct {
 
 func (x *RemoveDirectoryRequest) Reset() {
 	*x = RemoveDirectoryRequest{}
-	mi := &file_atoll_proto_msgTypes[57]
+	mi := &file_atoll_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3898,7 +4032,7 @@ func (x *RemoveDirectoryRequest) String() string {
 func (*RemoveDirectoryRequest) ProtoMessage() {}
 
 func (x *RemoveDirectoryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[57]
+	mi := &file_atoll_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3911,7 +4045,7 @@ func (x *RemoveDirectoryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveDirectoryRequest.ProtoReflect.Descriptor instead.
 func (*RemoveDirectoryRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{57}
+	return file_atoll_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *RemoveDirectoryRequest) GetPath() string {
@@ -3929,7 +4063,7 @@ type RemoveDirectoryResponse struct {
 
 func (x *RemoveDirectoryResponse) Reset() {
 	*x = RemoveDirectoryResponse{}
-	mi := &file_atoll_proto_msgTypes[58]
+	mi := &file_atoll_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3941,7 +4075,7 @@ func (x *RemoveDirectoryResponse) String() string {
 func (*RemoveDirectoryResponse) ProtoMessage() {}
 
 func (x *RemoveDirectoryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[58]
+	mi := &file_atoll_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3954,7 +4088,7 @@ func (x *RemoveDirectoryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveDirectoryResponse.ProtoReflect.Descriptor instead.
 func (*RemoveDirectoryResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{58}
+	return file_atoll_proto_rawDescGZIP(), []int{59}
 }
 
 type ListDirectoryRequest struct {
@@ -3968,7 +4102,7 @@ type ListDirectoryRequest struct {
 
 func (x *ListDirectoryRequest) Reset() {
 	*x = ListDirectoryRequest{}
-	mi := &file_atoll_proto_msgTypes[59]
+	mi := &file_atoll_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3980,7 +4114,7 @@ func (x *ListDirectoryRequest) String() string {
 func (*ListDirectoryRequest) ProtoMessage() {}
 
 func (x *ListDirectoryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[59]
+	mi := &file_atoll_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3993,7 +4127,7 @@ func (x *ListDirectoryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListDirectoryRequest.ProtoReflect.Descriptor instead.
 func (*ListDirectoryRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{59}
+	return file_atoll_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *ListDirectoryRequest) GetPath() string {
@@ -4027,7 +4161,7 @@ type ListDirectoryResponse struct {
 
 func (x *ListDirectoryResponse) Reset() {
 	*x = ListDirectoryResponse{}
-	mi := &file_atoll_proto_msgTypes[60]
+	mi := &file_atoll_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4039,7 +4173,7 @@ func (x *ListDirectoryResponse) String() string {
 func (*ListDirectoryResponse) ProtoMessage() {}
 
 func (x *ListDirectoryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[60]
+	mi := &file_atoll_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4052,7 +4186,7 @@ func (x *ListDirectoryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListDirectoryResponse.ProtoReflect.Descriptor instead.
 func (*ListDirectoryResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{60}
+	return file_atoll_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *ListDirectoryResponse) GetEntries() []*Entry {
@@ -4079,7 +4213,7 @@ type GetEntryRequest struct {
 
 func (x *GetEntryRequest) Reset() {
 	*x = GetEntryRequest{}
-	mi := &file_atoll_proto_msgTypes[61]
+	mi := &file_atoll_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4091,7 +4225,7 @@ func (x *GetEntryRequest) String() string {
 func (*GetEntryRequest) ProtoMessage() {}
 
 func (x *GetEntryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[61]
+	mi := &file_atoll_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4104,7 +4238,7 @@ func (x *GetEntryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetEntryRequest.ProtoReflect.Descriptor instead.
 func (*GetEntryRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{61}
+	return file_atoll_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *GetEntryRequest) GetPath() string {
@@ -4133,7 +4267,7 @@ type RenameRequest struct {
 
 func (x *RenameRequest) Reset() {
 	*x = RenameRequest{}
-	mi := &file_atoll_proto_msgTypes[62]
+	mi := &file_atoll_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4145,7 +4279,7 @@ func (x *RenameRequest) String() string {
 func (*RenameRequest) ProtoMessage() {}
 
 func (x *RenameRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[62]
+	mi := &file_atoll_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4158,7 +4292,7 @@ func (x *RenameRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenameRequest.ProtoReflect.Descriptor instead.
 func (*RenameRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{62}
+	return file_atoll_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *RenameRequest) GetFrom() string {
@@ -4199,7 +4333,7 @@ type ChangeOwnerRequest struct {
 
 func (x *ChangeOwnerRequest) Reset() {
 	*x = ChangeOwnerRequest{}
-	mi := &file_atoll_proto_msgTypes[63]
+	mi := &file_atoll_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4211,7 +4345,7 @@ func (x *ChangeOwnerRequest) String() string {
 func (*ChangeOwnerRequest) ProtoMessage() {}
 
 func (x *ChangeOwnerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[63]
+	mi := &file_atoll_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4224,7 +4358,7 @@ func (x *ChangeOwnerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeOwnerRequest.ProtoReflect.Descriptor instead.
 func (*ChangeOwnerRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{63}
+	return file_atoll_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *ChangeOwnerRequest) GetPath() string {
@@ -4251,7 +4385,7 @@ type SetPropertiesRequest struct {
 
 func (x *SetPropertiesRequest) Reset() {
 	*x = SetPropertiesRequest{}
-	mi := &file_atoll_proto_msgTypes[64]
+	mi := &file_atoll_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4263,7 +4397,7 @@ func (x *SetPropertiesRequest) String() string {
 func (*SetPropertiesRequest) ProtoMessage() {}
 
 func (x *SetPropertiesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[64]
+	mi := &file_atoll_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4276,7 +4410,7 @@ func (x *SetPropertiesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetPropertiesRequest.ProtoReflect.Descriptor instead.
 func (*SetPropertiesRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{64}
+	return file_atoll_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *SetPropertiesRequest) GetPath() string {
@@ -4308,7 +4442,7 @@ type Limits struct {
 
 func (x *Limits) Reset() {
 	*x = Limits{}
-	mi := &file_atoll_proto_msgTypes[65]
+	mi := &file_atoll_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4320,7 +4454,7 @@ func (x *Limits) String() string {
 func (*Limits) ProtoMessage() {}
 
 func (x *Limits) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[65]
+	mi := &file_atoll_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4333,7 +4467,7 @@ func (x *Limits) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Limits.ProtoReflect.Descriptor instead.
 func (*Limits) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{65}
+	return file_atoll_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *Limits) GetIops() *Limit {
@@ -4389,7 +4523,7 @@ type Limit struct {
 
 func (x *Limit) Reset() {
 	*x = Limit{}
-	mi := &file_atoll_proto_msgTypes[66]
+	mi := &file_atoll_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4401,7 +4535,7 @@ func (x *Limit) String() string {
 func (*Limit) ProtoMessage() {}
 
 func (x *Limit) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[66]
+	mi := &file_atoll_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4414,7 +4548,7 @@ func (x *Limit) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Limit.ProtoReflect.Descriptor instead.
 func (*Limit) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{66}
+	return file_atoll_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *Limit) GetRate() int64 {
@@ -4448,7 +4582,7 @@ type SetLimitsRequest struct {
 
 func (x *SetLimitsRequest) Reset() {
 	*x = SetLimitsRequest{}
-	mi := &file_atoll_proto_msgTypes[67]
+	mi := &file_atoll_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4460,7 +4594,7 @@ func (x *SetLimitsRequest) String() string {
 func (*SetLimitsRequest) ProtoMessage() {}
 
 func (x *SetLimitsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[67]
+	mi := &file_atoll_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4473,7 +4607,7 @@ func (x *SetLimitsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetLimitsRequest.ProtoReflect.Descriptor instead.
 func (*SetLimitsRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{67}
+	return file_atoll_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *SetLimitsRequest) GetName() string {
@@ -4502,13 +4636,14 @@ type TrashEntry struct {
 	Number        uint64                 `protobuf:"varint,8,opt,name=number,proto3" json:"number,omitempty"`
 	Kind          string                 `protobuf:"bytes,9,opt,name=kind,proto3" json:"kind,omitempty"`
 	Source        string                 `protobuf:"bytes,10,opt,name=source,proto3" json:"source,omitempty"` // user, curve, schedule
+	Bytes         int64                  `protobuf:"varint,11,opt,name=bytes,proto3" json:"bytes,omitempty"`  // in its segments, one copy; 0 = not known
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *TrashEntry) Reset() {
 	*x = TrashEntry{}
-	mi := &file_atoll_proto_msgTypes[68]
+	mi := &file_atoll_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4520,7 +4655,7 @@ func (x *TrashEntry) String() string {
 func (*TrashEntry) ProtoMessage() {}
 
 func (x *TrashEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[68]
+	mi := &file_atoll_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4533,7 +4668,7 @@ func (x *TrashEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TrashEntry.ProtoReflect.Descriptor instead.
 func (*TrashEntry) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{68}
+	return file_atoll_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *TrashEntry) GetId() string {
@@ -4606,6 +4741,13 @@ func (x *TrashEntry) GetSource() string {
 	return ""
 }
 
+func (x *TrashEntry) GetBytes() int64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
 type MoveToTrashRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -4617,7 +4759,7 @@ type MoveToTrashRequest struct {
 
 func (x *MoveToTrashRequest) Reset() {
 	*x = MoveToTrashRequest{}
-	mi := &file_atoll_proto_msgTypes[69]
+	mi := &file_atoll_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4629,7 +4771,7 @@ func (x *MoveToTrashRequest) String() string {
 func (*MoveToTrashRequest) ProtoMessage() {}
 
 func (x *MoveToTrashRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[69]
+	mi := &file_atoll_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4642,7 +4784,7 @@ func (x *MoveToTrashRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MoveToTrashRequest.ProtoReflect.Descriptor instead.
 func (*MoveToTrashRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{69}
+	return file_atoll_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *MoveToTrashRequest) GetName() string {
@@ -4676,7 +4818,7 @@ type ListTrashRequest struct {
 
 func (x *ListTrashRequest) Reset() {
 	*x = ListTrashRequest{}
-	mi := &file_atoll_proto_msgTypes[70]
+	mi := &file_atoll_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4688,7 +4830,7 @@ func (x *ListTrashRequest) String() string {
 func (*ListTrashRequest) ProtoMessage() {}
 
 func (x *ListTrashRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[70]
+	mi := &file_atoll_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4701,7 +4843,7 @@ func (x *ListTrashRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTrashRequest.ProtoReflect.Descriptor instead.
 func (*ListTrashRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{70}
+	return file_atoll_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *ListTrashRequest) GetAfter() string {
@@ -4728,7 +4870,7 @@ type ListTrashResponse struct {
 
 func (x *ListTrashResponse) Reset() {
 	*x = ListTrashResponse{}
-	mi := &file_atoll_proto_msgTypes[71]
+	mi := &file_atoll_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4740,7 +4882,7 @@ func (x *ListTrashResponse) String() string {
 func (*ListTrashResponse) ProtoMessage() {}
 
 func (x *ListTrashResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[71]
+	mi := &file_atoll_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4753,7 +4895,7 @@ func (x *ListTrashResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTrashResponse.ProtoReflect.Descriptor instead.
 func (*ListTrashResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{71}
+	return file_atoll_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *ListTrashResponse) GetEntries() []*TrashEntry {
@@ -4775,13 +4917,14 @@ type RestoreTrashRequest struct {
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
 	Path          string                 `protobuf:"bytes,2,opt,name=path,proto3" json:"path,omitempty"`
 	NewPath       string                 `protobuf:"bytes,3,opt,name=new_path,json=newPath,proto3" json:"new_path,omitempty"`
+	NoParents     bool                   `protobuf:"varint,4,opt,name=no_parents,json=noParents,proto3" json:"no_parents,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *RestoreTrashRequest) Reset() {
 	*x = RestoreTrashRequest{}
-	mi := &file_atoll_proto_msgTypes[72]
+	mi := &file_atoll_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4793,7 +4936,7 @@ func (x *RestoreTrashRequest) String() string {
 func (*RestoreTrashRequest) ProtoMessage() {}
 
 func (x *RestoreTrashRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[72]
+	mi := &file_atoll_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4806,7 +4949,7 @@ func (x *RestoreTrashRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreTrashRequest.ProtoReflect.Descriptor instead.
 func (*RestoreTrashRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{72}
+	return file_atoll_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *RestoreTrashRequest) GetId() string {
@@ -4830,6 +4973,13 @@ func (x *RestoreTrashRequest) GetNewPath() string {
 	return ""
 }
 
+func (x *RestoreTrashRequest) GetNoParents() bool {
+	if x != nil {
+		return x.NoParents
+	}
+	return false
+}
+
 type PurgeTrashRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -4841,7 +4991,7 @@ type PurgeTrashRequest struct {
 
 func (x *PurgeTrashRequest) Reset() {
 	*x = PurgeTrashRequest{}
-	mi := &file_atoll_proto_msgTypes[73]
+	mi := &file_atoll_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4853,7 +5003,7 @@ func (x *PurgeTrashRequest) String() string {
 func (*PurgeTrashRequest) ProtoMessage() {}
 
 func (x *PurgeTrashRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[73]
+	mi := &file_atoll_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4866,7 +5016,7 @@ func (x *PurgeTrashRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PurgeTrashRequest.ProtoReflect.Descriptor instead.
 func (*PurgeTrashRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{73}
+	return file_atoll_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *PurgeTrashRequest) GetId() string {
@@ -4900,7 +5050,7 @@ type PurgeTrashResponse struct {
 
 func (x *PurgeTrashResponse) Reset() {
 	*x = PurgeTrashResponse{}
-	mi := &file_atoll_proto_msgTypes[74]
+	mi := &file_atoll_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4912,7 +5062,7 @@ func (x *PurgeTrashResponse) String() string {
 func (*PurgeTrashResponse) ProtoMessage() {}
 
 func (x *PurgeTrashResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[74]
+	mi := &file_atoll_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4925,7 +5075,7 @@ func (x *PurgeTrashResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PurgeTrashResponse.ProtoReflect.Descriptor instead.
 func (*PurgeTrashResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{74}
+	return file_atoll_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *PurgeTrashResponse) GetRemoved() int32 {
@@ -4955,7 +5105,7 @@ type User struct {
 
 func (x *User) Reset() {
 	*x = User{}
-	mi := &file_atoll_proto_msgTypes[75]
+	mi := &file_atoll_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4967,7 +5117,7 @@ func (x *User) String() string {
 func (*User) ProtoMessage() {}
 
 func (x *User) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[75]
+	mi := &file_atoll_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4980,7 +5130,7 @@ func (x *User) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use User.ProtoReflect.Descriptor instead.
 func (*User) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{75}
+	return file_atoll_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *User) GetName() string {
@@ -5030,7 +5180,7 @@ type CreateUserRequest struct {
 
 func (x *CreateUserRequest) Reset() {
 	*x = CreateUserRequest{}
-	mi := &file_atoll_proto_msgTypes[76]
+	mi := &file_atoll_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5042,7 +5192,7 @@ func (x *CreateUserRequest) String() string {
 func (*CreateUserRequest) ProtoMessage() {}
 
 func (x *CreateUserRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[76]
+	mi := &file_atoll_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5055,7 +5205,7 @@ func (x *CreateUserRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateUserRequest.ProtoReflect.Descriptor instead.
 func (*CreateUserRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{76}
+	return file_atoll_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *CreateUserRequest) GetName() string {
@@ -5094,7 +5244,7 @@ type ListUsersRequest struct {
 
 func (x *ListUsersRequest) Reset() {
 	*x = ListUsersRequest{}
-	mi := &file_atoll_proto_msgTypes[77]
+	mi := &file_atoll_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5106,7 +5256,7 @@ func (x *ListUsersRequest) String() string {
 func (*ListUsersRequest) ProtoMessage() {}
 
 func (x *ListUsersRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[77]
+	mi := &file_atoll_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5119,7 +5269,7 @@ func (x *ListUsersRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListUsersRequest.ProtoReflect.Descriptor instead.
 func (*ListUsersRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{77}
+	return file_atoll_proto_rawDescGZIP(), []int{78}
 }
 
 type ListUsersResponse struct {
@@ -5131,7 +5281,7 @@ type ListUsersResponse struct {
 
 func (x *ListUsersResponse) Reset() {
 	*x = ListUsersResponse{}
-	mi := &file_atoll_proto_msgTypes[78]
+	mi := &file_atoll_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5143,7 +5293,7 @@ func (x *ListUsersResponse) String() string {
 func (*ListUsersResponse) ProtoMessage() {}
 
 func (x *ListUsersResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[78]
+	mi := &file_atoll_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5156,7 +5306,7 @@ func (x *ListUsersResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListUsersResponse.ProtoReflect.Descriptor instead.
 func (*ListUsersResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{78}
+	return file_atoll_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *ListUsersResponse) GetUsers() []*User {
@@ -5178,7 +5328,7 @@ type UpdateUserRequest struct {
 
 func (x *UpdateUserRequest) Reset() {
 	*x = UpdateUserRequest{}
-	mi := &file_atoll_proto_msgTypes[79]
+	mi := &file_atoll_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5190,7 +5340,7 @@ func (x *UpdateUserRequest) String() string {
 func (*UpdateUserRequest) ProtoMessage() {}
 
 func (x *UpdateUserRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[79]
+	mi := &file_atoll_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5203,7 +5353,7 @@ func (x *UpdateUserRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateUserRequest.ProtoReflect.Descriptor instead.
 func (*UpdateUserRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{79}
+	return file_atoll_proto_rawDescGZIP(), []int{80}
 }
 
 func (x *UpdateUserRequest) GetName() string {
@@ -5234,6 +5384,58 @@ func (x *UpdateUserRequest) GetAdmin() bool {
 	return false
 }
 
+type AuthenticateRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Password      string                 `protobuf:"bytes,2,opt,name=password,proto3" json:"password,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AuthenticateRequest) Reset() {
+	*x = AuthenticateRequest{}
+	mi := &file_atoll_proto_msgTypes[81]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AuthenticateRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AuthenticateRequest) ProtoMessage() {}
+
+func (x *AuthenticateRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[81]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AuthenticateRequest.ProtoReflect.Descriptor instead.
+func (*AuthenticateRequest) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{81}
+}
+
+func (x *AuthenticateRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *AuthenticateRequest) GetPassword() string {
+	if x != nil {
+		return x.Password
+	}
+	return ""
+}
+
 type DeleteUserRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -5243,7 +5445,7 @@ type DeleteUserRequest struct {
 
 func (x *DeleteUserRequest) Reset() {
 	*x = DeleteUserRequest{}
-	mi := &file_atoll_proto_msgTypes[80]
+	mi := &file_atoll_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5255,7 +5457,7 @@ func (x *DeleteUserRequest) String() string {
 func (*DeleteUserRequest) ProtoMessage() {}
 
 func (x *DeleteUserRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[80]
+	mi := &file_atoll_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5268,7 +5470,7 @@ func (x *DeleteUserRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteUserRequest.ProtoReflect.Descriptor instead.
 func (*DeleteUserRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{80}
+	return file_atoll_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *DeleteUserRequest) GetName() string {
@@ -5286,7 +5488,7 @@ type DeleteUserResponse struct {
 
 func (x *DeleteUserResponse) Reset() {
 	*x = DeleteUserResponse{}
-	mi := &file_atoll_proto_msgTypes[81]
+	mi := &file_atoll_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5298,7 +5500,7 @@ func (x *DeleteUserResponse) String() string {
 func (*DeleteUserResponse) ProtoMessage() {}
 
 func (x *DeleteUserResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[81]
+	mi := &file_atoll_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5311,7 +5513,7 @@ func (x *DeleteUserResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteUserResponse.ProtoReflect.Descriptor instead.
 func (*DeleteUserResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{81}
+	return file_atoll_proto_rawDescGZIP(), []int{83}
 }
 
 type Task struct {
@@ -5333,7 +5535,7 @@ type Task struct {
 
 func (x *Task) Reset() {
 	*x = Task{}
-	mi := &file_atoll_proto_msgTypes[82]
+	mi := &file_atoll_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5345,7 +5547,7 @@ func (x *Task) String() string {
 func (*Task) ProtoMessage() {}
 
 func (x *Task) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[82]
+	mi := &file_atoll_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5358,7 +5560,7 @@ func (x *Task) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Task.ProtoReflect.Descriptor instead.
 func (*Task) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{82}
+	return file_atoll_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *Task) GetId() string {
@@ -5447,7 +5649,7 @@ type ListTasksRequest struct {
 
 func (x *ListTasksRequest) Reset() {
 	*x = ListTasksRequest{}
-	mi := &file_atoll_proto_msgTypes[83]
+	mi := &file_atoll_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5459,7 +5661,7 @@ func (x *ListTasksRequest) String() string {
 func (*ListTasksRequest) ProtoMessage() {}
 
 func (x *ListTasksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[83]
+	mi := &file_atoll_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5472,7 +5674,7 @@ func (x *ListTasksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTasksRequest.ProtoReflect.Descriptor instead.
 func (*ListTasksRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{83}
+	return file_atoll_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *ListTasksRequest) GetAll() bool {
@@ -5491,7 +5693,7 @@ type ListTasksResponse struct {
 
 func (x *ListTasksResponse) Reset() {
 	*x = ListTasksResponse{}
-	mi := &file_atoll_proto_msgTypes[84]
+	mi := &file_atoll_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5503,7 +5705,7 @@ func (x *ListTasksResponse) String() string {
 func (*ListTasksResponse) ProtoMessage() {}
 
 func (x *ListTasksResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[84]
+	mi := &file_atoll_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5516,7 +5718,7 @@ func (x *ListTasksResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTasksResponse.ProtoReflect.Descriptor instead.
 func (*ListTasksResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{84}
+	return file_atoll_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *ListTasksResponse) GetTasks() []*Task {
@@ -5535,7 +5737,7 @@ type GetTaskRequest struct {
 
 func (x *GetTaskRequest) Reset() {
 	*x = GetTaskRequest{}
-	mi := &file_atoll_proto_msgTypes[85]
+	mi := &file_atoll_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5547,7 +5749,7 @@ func (x *GetTaskRequest) String() string {
 func (*GetTaskRequest) ProtoMessage() {}
 
 func (x *GetTaskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[85]
+	mi := &file_atoll_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5560,7 +5762,7 @@ func (x *GetTaskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetTaskRequest.ProtoReflect.Descriptor instead.
 func (*GetTaskRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{85}
+	return file_atoll_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *GetTaskRequest) GetId() string {
@@ -5579,7 +5781,7 @@ type CancelTaskRequest struct {
 
 func (x *CancelTaskRequest) Reset() {
 	*x = CancelTaskRequest{}
-	mi := &file_atoll_proto_msgTypes[86]
+	mi := &file_atoll_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5591,7 +5793,7 @@ func (x *CancelTaskRequest) String() string {
 func (*CancelTaskRequest) ProtoMessage() {}
 
 func (x *CancelTaskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[86]
+	mi := &file_atoll_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5604,7 +5806,7 @@ func (x *CancelTaskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelTaskRequest.ProtoReflect.Descriptor instead.
 func (*CancelTaskRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{86}
+	return file_atoll_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *CancelTaskRequest) GetId() string {
@@ -5625,7 +5827,7 @@ type InjectRequest struct {
 
 func (x *InjectRequest) Reset() {
 	*x = InjectRequest{}
-	mi := &file_atoll_proto_msgTypes[87]
+	mi := &file_atoll_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5637,7 +5839,7 @@ func (x *InjectRequest) String() string {
 func (*InjectRequest) ProtoMessage() {}
 
 func (x *InjectRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[87]
+	mi := &file_atoll_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5650,7 +5852,7 @@ func (x *InjectRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InjectRequest.ProtoReflect.Descriptor instead.
 func (*InjectRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{87}
+	return file_atoll_proto_rawDescGZIP(), []int{89}
 }
 
 func (x *InjectRequest) GetNode() uint32 {
@@ -5683,7 +5885,7 @@ type InjectResponse struct {
 
 func (x *InjectResponse) Reset() {
 	*x = InjectResponse{}
-	mi := &file_atoll_proto_msgTypes[88]
+	mi := &file_atoll_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5695,7 +5897,7 @@ func (x *InjectResponse) String() string {
 func (*InjectResponse) ProtoMessage() {}
 
 func (x *InjectResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[88]
+	mi := &file_atoll_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5708,7 +5910,7 @@ func (x *InjectResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InjectResponse.ProtoReflect.Descriptor instead.
 func (*InjectResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{88}
+	return file_atoll_proto_rawDescGZIP(), []int{90}
 }
 
 func (x *InjectResponse) GetMessage() string {
@@ -5726,7 +5928,7 @@ type AddNodeRequest struct {
 
 func (x *AddNodeRequest) Reset() {
 	*x = AddNodeRequest{}
-	mi := &file_atoll_proto_msgTypes[89]
+	mi := &file_atoll_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5738,7 +5940,7 @@ func (x *AddNodeRequest) String() string {
 func (*AddNodeRequest) ProtoMessage() {}
 
 func (x *AddNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[89]
+	mi := &file_atoll_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5751,7 +5953,7 @@ func (x *AddNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddNodeRequest.ProtoReflect.Descriptor instead.
 func (*AddNodeRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{89}
+	return file_atoll_proto_rawDescGZIP(), []int{91}
 }
 
 type AddNodeResponse struct {
@@ -5764,7 +5966,7 @@ type AddNodeResponse struct {
 
 func (x *AddNodeResponse) Reset() {
 	*x = AddNodeResponse{}
-	mi := &file_atoll_proto_msgTypes[90]
+	mi := &file_atoll_proto_msgTypes[92]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5776,7 +5978,7 @@ func (x *AddNodeResponse) String() string {
 func (*AddNodeResponse) ProtoMessage() {}
 
 func (x *AddNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[90]
+	mi := &file_atoll_proto_msgTypes[92]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5789,7 +5991,7 @@ func (x *AddNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddNodeResponse.ProtoReflect.Descriptor instead.
 func (*AddNodeResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{90}
+	return file_atoll_proto_rawDescGZIP(), []int{92}
 }
 
 func (x *AddNodeResponse) GetNode() uint32 {
@@ -5814,7 +6016,7 @@ const file_atoll_proto_rawDesc = "" +
 	"\vErrorDetail\x12\x12\n" +
 	"\x04code\x18\x01 \x01(\tR\x04code\x12\x12\n" +
 	"\x04hint\x18\x02 \x01(\tR\x04hint\"\x12\n" +
-	"\x10GetStatusRequest\"\x83\x04\n" +
+	"\x10GetStatusRequest\"\xe8\x04\n" +
 	"\x11GetStatusResponse\x12\x1d\n" +
 	"\n" +
 	"cluster_id\x18\x01 \x01(\tR\tclusterId\x12\x12\n" +
@@ -5833,7 +6035,17 @@ const file_atoll_proto_rawDesc = "" +
 	"\avolumes\x18\f \x01(\x05R\avolumes\x12/\n" +
 	"\tprocesses\x18\r \x03(\v2\x11.atoll.v1.ProcessR\tprocesses\x12\x12\n" +
 	"\x04demo\x18\x0e \x01(\bR\x04demo\x12,\n" +
-	"\x03now\x18\x0f \x01(\v2\x1a.google.protobuf.TimestampR\x03now\"\xfb\x01\n" +
+	"\x03now\x18\x0f \x01(\v2\x1a.google.protobuf.TimestampR\x03now\x12\x18\n" +
+	"\atrashed\x18\x10 \x01(\x05R\atrashed\x12\x1f\n" +
+	"\vtrash_bytes\x18\x11 \x01(\x03R\n" +
+	"trashBytes\x12(\n" +
+	"\x04kept\x18\x12 \x03(\v2\x14.atoll.v1.KeptMediumR\x04kept\"^\n" +
+	"\n" +
+	"KeptMedium\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12\x14\n" +
+	"\x05bytes\x18\x03 \x01(\x03R\x05bytes\x12\x16\n" +
+	"\x06clones\x18\x04 \x03(\tR\x06clones\"\xfb\x01\n" +
 	"\aProcess\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04host\x18\x02 \x01(\tR\x04host\x12\x10\n" +
@@ -5902,7 +6114,7 @@ const file_atoll_proto_rawDesc = "" +
 	"cluster_id\x18\x03 \x01(\tR\tclusterId\x12\x1b\n" +
 	"\tmember_id\x18\x04 \x01(\tR\bmemberId\x12\x18\n" +
 	"\amembers\x18\x05 \x03(\tR\amembers\x12'\n" +
-	"\x0finitial_cluster\x18\x06 \x01(\tR\x0einitialCluster\"\x96\a\n" +
+	"\x0finitial_cluster\x18\x06 \x01(\tR\x0einitialCluster\"\xe8\b\n" +
 	"\x06Volume\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1d\n" +
@@ -5915,30 +6127,43 @@ const file_atoll_proto_rawDesc = "" +
 	"\tserved_by\x18\b \x01(\tR\bservedBy\x12\x12\n" +
 	"\x04urls\x18\t \x03(\tR\x04urls\x12\x12\n" +
 	"\x04open\x18\n" +
-	" \x01(\bR\x04open\x12!\n" +
-	"\fmapped_bytes\x18\v \x01(\x03R\vmappedBytes\x12\x1b\n" +
-	"\tlog_bytes\x18\f \x01(\x03R\blogBytes\x12\x1d\n" +
+	" \x01(\bR\x04open\x12&\n" +
+	"\fmapped_bytes\x18\v \x01(\x03H\x00R\vmappedBytes\x88\x01\x01\x12 \n" +
+	"\tlog_bytes\x18\f \x01(\x03H\x01R\blogBytes\x88\x01\x01\x12\"\n" +
 	"\n" +
-	"live_bytes\x18\r \x01(\x03R\tliveBytes\x12\x1a\n" +
-	"\bsegments\x18\x0e \x01(\x05R\bsegments\x12 \n" +
+	"live_bytes\x18\r \x01(\x03H\x02R\tliveBytes\x88\x01\x01\x12\x1f\n" +
+	"\bsegments\x18\x0e \x01(\x05H\x03R\bsegments\x88\x01\x01\x12 \n" +
 	"\vconnections\x18\x0f \x01(\x05R\vconnections\x12\x14\n" +
-	"\x05epoch\x18\x10 \x01(\x04R\x05epoch\x12%\n" +
-	"\x0eshort_segments\x18\x11 \x01(\x05R\rshortSegments\x12 \n" +
-	"\vdescription\x18\x12 \x01(\tR\vdescription\x12\x1a\n" +
-	"\bversions\x18\x13 \x01(\x05R\bversions\x12\x12\n" +
-	"\x04last\x18\x14 \x01(\x04R\x04last\x12\x18\n" +
-	"\arelease\x18\x15 \x01(\x04R\arelease\x12\x16\n" +
+	"\x05epoch\x18\x10 \x01(\x04R\x05epoch\x12*\n" +
+	"\x0eshort_segments\x18\x11 \x01(\x05H\x04R\rshortSegments\x88\x01\x01\x12 \n" +
+	"\vdescription\x18\x12 \x01(\tR\vdescription\x12\x1f\n" +
+	"\bversions\x18\x13 \x01(\x05H\x05R\bversions\x88\x01\x01\x12\x17\n" +
+	"\x04last\x18\x14 \x01(\x04H\x06R\x04last\x88\x01\x01\x12\x1d\n" +
+	"\arelease\x18\x15 \x01(\x04H\aR\arelease\x88\x01\x01\x12\x16\n" +
 	"\x06parent\x18\x16 \x01(\tR\x06parent\x12@\n" +
 	"\n" +
 	"properties\x18\x17 \x03(\v2 .atoll.v1.Volume.PropertiesEntryR\n" +
 	"properties\x12(\n" +
 	"\x06limits\x18\x18 \x01(\v2\x10.atoll.v1.LimitsR\x06limits\x12\x1a\n" +
-	"\bschedule\x18\x19 \x01(\tR\bschedule\x12+\n" +
-	"\x11reclaimable_bytes\x18\x1a \x01(\x03R\x10reclaimableBytes\x124\n" +
-	"\aexpires\x18\x1b \x01(\v2\x1a.google.protobuf.TimestampR\aexpires\x1a=\n" +
+	"\bschedule\x18\x19 \x01(\tR\bschedule\x120\n" +
+	"\x11reclaimable_bytes\x18\x1a \x01(\x03H\bR\x10reclaimableBytes\x88\x01\x01\x124\n" +
+	"\aexpires\x18\x1b \x01(\v2\x1a.google.protobuf.TimestampR\aexpires\x12\x1d\n" +
+	"\n" +
+	"kept_bytes\x18\x1c \x01(\x03R\tkeptBytes\x1a=\n" +
 	"\x0fPropertiesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x89\x03\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01B\x0f\n" +
+	"\r_mapped_bytesB\f\n" +
+	"\n" +
+	"_log_bytesB\r\n" +
+	"\v_live_bytesB\v\n" +
+	"\t_segmentsB\x11\n" +
+	"\x0f_short_segmentsB\v\n" +
+	"\t_versionsB\a\n" +
+	"\x05_lastB\n" +
+	"\n" +
+	"\b_releaseB\x14\n" +
+	"\x12_reclaimable_bytes\"\x89\x03\n" +
 	"\x13CreateVolumeRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1d\n" +
 	"\n" +
@@ -5989,7 +6214,7 @@ const file_atoll_proto_rawDesc = "" +
 	"\rdamaged_bytes\x18\x04 \x01(\x03R\fdamagedBytes\x12%\n" +
 	"\x0erepaired_bytes\x18\x05 \x01(\x03R\rrepairedBytes\x12\x1a\n" +
 	"\bproblems\x18\x06 \x03(\tR\bproblems\x12\x1c\n" +
-	"\tunchecked\x18\a \x03(\tR\tunchecked\"\xc3\x04\n" +
+	"\tunchecked\x18\a \x03(\tR\tunchecked\"\xdf\x04\n" +
 	"\aVersion\x12\x16\n" +
 	"\x06number\x18\x01 \x01(\x04R\x06number\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x12\n" +
@@ -6012,7 +6237,8 @@ const file_atoll_proto_rawDesc = "" +
 	"properties\x18\x0f \x03(\v2!.atoll.v1.Version.PropertiesEntryR\n" +
 	"properties\x12\x16\n" +
 	"\x06medium\x18\x10 \x01(\tR\x06medium\x12\x1b\n" +
-	"\tmedium_id\x18\x11 \x01(\tR\bmediumId\x1a=\n" +
+	"\tmedium_id\x18\x11 \x01(\tR\bmediumId\x12\x1a\n" +
+	"\binternal\x18\x12 \x01(\bR\binternal\x1a=\n" +
 	"\x0fPropertiesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x81\x02\n" +
@@ -6112,15 +6338,23 @@ const file_atoll_proto_rawDesc = "" +
 	"\x04from\x18\x02 \x01(\tR\x04from\x12\x0e\n" +
 	"\x02to\x18\x03 \x01(\tR\x02to\x12\x1d\n" +
 	"\n" +
-	"size_bytes\x18\x04 \x01(\x03R\tsizeBytes\"J\n" +
+	"size_bytes\x18\x04 \x01(\x03R\tsizeBytes\"^\n" +
 	"\x13BeginImportResponse\x12\x1b\n" +
 	"\timport_id\x18\x01 \x01(\tR\bimportId\x12\x16\n" +
-	"\x06export\x18\x02 \x01(\tR\x06export\"x\n" +
+	"\x06export\x18\x02 \x01(\tR\x06export\x12\x12\n" +
+	"\x04urls\x18\x03 \x03(\tR\x04urls\"\x9a\x02\n" +
 	"\x13CommitImportRequest\x12\x1b\n" +
 	"\timport_id\x18\x01 \x01(\tR\bimportId\x12\x0e\n" +
 	"\x02to\x18\x02 \x01(\tR\x02to\x12\x1c\n" +
 	"\tprotected\x18\x03 \x01(\bR\tprotected\x12\x16\n" +
-	"\x06medium\x18\x04 \x01(\tR\x06medium\"I\n" +
+	"\x06medium\x18\x04 \x01(\tR\x06medium\x12\x12\n" +
+	"\x04memo\x18\x05 \x01(\tR\x04memo\x12M\n" +
+	"\n" +
+	"properties\x18\x06 \x03(\v2-.atoll.v1.CommitImportRequest.PropertiesEntryR\n" +
+	"properties\x1a=\n" +
+	"\x0fPropertiesEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"I\n" +
 	"\x12AbortImportRequest\x12\x1b\n" +
 	"\timport_id\x18\x01 \x01(\tR\bimportId\x12\x16\n" +
 	"\x06medium\x18\x02 \x01(\tR\x06medium\"\x15\n" +
@@ -6197,7 +6431,7 @@ const file_atoll_proto_rawDesc = "" +
 	"\rburst_seconds\x18\x03 \x01(\x03R\fburstSeconds\"P\n" +
 	"\x10SetLimitsRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12(\n" +
-	"\x06limits\x18\x02 \x01(\v2\x10.atoll.v1.LimitsR\x06limits\"\xcb\x02\n" +
+	"\x06limits\x18\x02 \x01(\v2\x10.atoll.v1.LimitsR\x06limits\"\xe1\x02\n" +
 	"\n" +
 	"TrashEntry\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
@@ -6211,7 +6445,8 @@ const file_atoll_proto_rawDesc = "" +
 	"\x06number\x18\b \x01(\x04R\x06number\x12\x12\n" +
 	"\x04kind\x18\t \x01(\tR\x04kind\x12\x16\n" +
 	"\x06source\x18\n" +
-	" \x01(\tR\x06source\"v\n" +
+	" \x01(\tR\x06source\x12\x14\n" +
+	"\x05bytes\x18\v \x01(\x03R\x05bytes\"v\n" +
 	"\x12MoveToTrashRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x124\n" +
 	"\aexpires\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\aexpires\x12\x16\n" +
@@ -6221,11 +6456,13 @@ const file_atoll_proto_rawDesc = "" +
 	"\x05limit\x18\x02 \x01(\x05R\x05limit\"W\n" +
 	"\x11ListTrashResponse\x12.\n" +
 	"\aentries\x18\x01 \x03(\v2\x14.atoll.v1.TrashEntryR\aentries\x12\x12\n" +
-	"\x04next\x18\x02 \x01(\tR\x04next\"T\n" +
+	"\x04next\x18\x02 \x01(\tR\x04next\"s\n" +
 	"\x13RestoreTrashRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04path\x18\x02 \x01(\tR\x04path\x12\x19\n" +
-	"\bnew_path\x18\x03 \x01(\tR\anewPath\"x\n" +
+	"\bnew_path\x18\x03 \x01(\tR\anewPath\x12\x1d\n" +
+	"\n" +
+	"no_parents\x18\x04 \x01(\bR\tnoParents\"x\n" +
 	"\x11PurgeTrashRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12A\n" +
 	"\x0eexpired_before\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\rexpiredBefore\x12\x10\n" +
@@ -6254,7 +6491,10 @@ const file_atoll_proto_rawDesc = "" +
 	"\x05admin\x18\x04 \x01(\bH\x02R\x05admin\x88\x01\x01B\v\n" +
 	"\t_passwordB\t\n" +
 	"\a_strictB\b\n" +
-	"\x06_admin\"'\n" +
+	"\x06_admin\"E\n" +
+	"\x13AuthenticateRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
+	"\bpassword\x18\x02 \x01(\tR\bpassword\"'\n" +
 	"\x11DeleteUserRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\"\x14\n" +
 	"\x12DeleteUserResponse\"\xa8\x02\n" +
@@ -6334,7 +6574,7 @@ const file_atoll_proto_rawDesc = "" +
 	"\tListTrash\x12\x1a.atoll.v1.ListTrashRequest\x1a\x1b.atoll.v1.ListTrashResponse\x12>\n" +
 	"\fRestoreTrash\x12\x1d.atoll.v1.RestoreTrashRequest\x1a\x0f.atoll.v1.Entry\x12G\n" +
 	"\n" +
-	"PurgeTrash\x12\x1b.atoll.v1.PurgeTrashRequest\x1a\x1c.atoll.v1.PurgeTrashResponse2\x92\x02\n" +
+	"PurgeTrash\x12\x1b.atoll.v1.PurgeTrashRequest\x1a\x1c.atoll.v1.PurgeTrashResponse2\xd1\x02\n" +
 	"\vUserService\x129\n" +
 	"\n" +
 	"CreateUser\x12\x1b.atoll.v1.CreateUserRequest\x1a\x0e.atoll.v1.User\x12D\n" +
@@ -6342,7 +6582,8 @@ const file_atoll_proto_rawDesc = "" +
 	"\n" +
 	"UpdateUser\x12\x1b.atoll.v1.UpdateUserRequest\x1a\x0e.atoll.v1.User\x12G\n" +
 	"\n" +
-	"DeleteUser\x12\x1b.atoll.v1.DeleteUserRequest\x1a\x1c.atoll.v1.DeleteUserResponse2\xc3\x01\n" +
+	"DeleteUser\x12\x1b.atoll.v1.DeleteUserRequest\x1a\x1c.atoll.v1.DeleteUserResponse\x12=\n" +
+	"\fAuthenticate\x12\x1d.atoll.v1.AuthenticateRequest\x1a\x0e.atoll.v1.User2\xc3\x01\n" +
 	"\vTaskService\x12D\n" +
 	"\tListTasks\x12\x1a.atoll.v1.ListTasksRequest\x1a\x1b.atoll.v1.ListTasksResponse\x123\n" +
 	"\aGetTask\x12\x18.atoll.v1.GetTaskRequest\x1a\x0e.atoll.v1.Task\x129\n" +
@@ -6364,261 +6605,268 @@ func file_atoll_proto_rawDescGZIP() []byte {
 	return file_atoll_proto_rawDescData
 }
 
-var file_atoll_proto_msgTypes = make([]protoimpl.MessageInfo, 98)
+var file_atoll_proto_msgTypes = make([]protoimpl.MessageInfo, 101)
 var file_atoll_proto_goTypes = []any{
 	(*ErrorDetail)(nil),             // 0: atoll.v1.ErrorDetail
 	(*GetStatusRequest)(nil),        // 1: atoll.v1.GetStatusRequest
 	(*GetStatusResponse)(nil),       // 2: atoll.v1.GetStatusResponse
-	(*Process)(nil),                 // 3: atoll.v1.Process
-	(*ListNodesRequest)(nil),        // 4: atoll.v1.ListNodesRequest
-	(*ListNodesResponse)(nil),       // 5: atoll.v1.ListNodesResponse
-	(*Node)(nil),                    // 6: atoll.v1.Node
-	(*GetConfigRequest)(nil),        // 7: atoll.v1.GetConfigRequest
-	(*GetConfigResponse)(nil),       // 8: atoll.v1.GetConfigResponse
-	(*Setting)(nil),                 // 9: atoll.v1.Setting
-	(*DiagnoseRequest)(nil),         // 10: atoll.v1.DiagnoseRequest
-	(*DiagnoseResponse)(nil),        // 11: atoll.v1.DiagnoseResponse
-	(*Finding)(nil),                 // 12: atoll.v1.Finding
-	(*CreateTokenRequest)(nil),      // 13: atoll.v1.CreateTokenRequest
-	(*CreateTokenResponse)(nil),     // 14: atoll.v1.CreateTokenResponse
-	(*JoinRequest)(nil),             // 15: atoll.v1.JoinRequest
-	(*JoinResponse)(nil),            // 16: atoll.v1.JoinResponse
-	(*Volume)(nil),                  // 17: atoll.v1.Volume
-	(*CreateVolumeRequest)(nil),     // 18: atoll.v1.CreateVolumeRequest
-	(*ListVolumesRequest)(nil),      // 19: atoll.v1.ListVolumesRequest
-	(*ListVolumesResponse)(nil),     // 20: atoll.v1.ListVolumesResponse
-	(*GetVolumeRequest)(nil),        // 21: atoll.v1.GetVolumeRequest
-	(*ResizeVolumeRequest)(nil),     // 22: atoll.v1.ResizeVolumeRequest
-	(*DeleteVolumeRequest)(nil),     // 23: atoll.v1.DeleteVolumeRequest
-	(*DeleteVolumeResponse)(nil),    // 24: atoll.v1.DeleteVolumeResponse
-	(*CheckVolumeRequest)(nil),      // 25: atoll.v1.CheckVolumeRequest
-	(*CheckVolumeResponse)(nil),     // 26: atoll.v1.CheckVolumeResponse
-	(*Version)(nil),                 // 27: atoll.v1.Version
-	(*CreateVersionRequest)(nil),    // 28: atoll.v1.CreateVersionRequest
-	(*CreateVersionResponse)(nil),   // 29: atoll.v1.CreateVersionResponse
-	(*ListVersionsRequest)(nil),     // 30: atoll.v1.ListVersionsRequest
-	(*ListVersionsResponse)(nil),    // 31: atoll.v1.ListVersionsResponse
-	(*UpdateVersionRequest)(nil),    // 32: atoll.v1.UpdateVersionRequest
-	(*DeleteVersionRequest)(nil),    // 33: atoll.v1.DeleteVersionRequest
-	(*DeleteVersionResponse)(nil),   // 34: atoll.v1.DeleteVersionResponse
-	(*ReleaseVersionRequest)(nil),   // 35: atoll.v1.ReleaseVersionRequest
-	(*RestoreVersionRequest)(nil),   // 36: atoll.v1.RestoreVersionRequest
-	(*RestoreVersionResponse)(nil),  // 37: atoll.v1.RestoreVersionResponse
-	(*CloneVersionRequest)(nil),     // 38: atoll.v1.CloneVersionRequest
-	(*FlattenRequest)(nil),          // 39: atoll.v1.FlattenRequest
-	(*ListChildrenRequest)(nil),     // 40: atoll.v1.ListChildrenRequest
-	(*ListChildrenResponse)(nil),    // 41: atoll.v1.ListChildrenResponse
-	(*Child)(nil),                   // 42: atoll.v1.Child
-	(*DiffRequest)(nil),             // 43: atoll.v1.DiffRequest
-	(*DiffResponse)(nil),            // 44: atoll.v1.DiffResponse
-	(*Extent)(nil),                  // 45: atoll.v1.Extent
-	(*SetScheduleRequest)(nil),      // 46: atoll.v1.SetScheduleRequest
-	(*SetScheduleResponse)(nil),     // 47: atoll.v1.SetScheduleResponse
-	(*BeginImportRequest)(nil),      // 48: atoll.v1.BeginImportRequest
-	(*BeginImportResponse)(nil),     // 49: atoll.v1.BeginImportResponse
-	(*CommitImportRequest)(nil),     // 50: atoll.v1.CommitImportRequest
-	(*AbortImportRequest)(nil),      // 51: atoll.v1.AbortImportRequest
-	(*AbortImportResponse)(nil),     // 52: atoll.v1.AbortImportResponse
-	(*KeepImportRequest)(nil),       // 53: atoll.v1.KeepImportRequest
-	(*KeepImportResponse)(nil),      // 54: atoll.v1.KeepImportResponse
-	(*Entry)(nil),                   // 55: atoll.v1.Entry
-	(*MakeDirectoryRequest)(nil),    // 56: atoll.v1.MakeDirectoryRequest
-	(*RemoveDirectoryRequest)(nil),  // 57: atoll.v1.RemoveDirectoryRequest
-	(*RemoveDirectoryResponse)(nil), // 58: atoll.v1.RemoveDirectoryResponse
-	(*ListDirectoryRequest)(nil),    // 59: atoll.v1.ListDirectoryRequest
-	(*ListDirectoryResponse)(nil),   // 60: atoll.v1.ListDirectoryResponse
-	(*GetEntryRequest)(nil),         // 61: atoll.v1.GetEntryRequest
-	(*RenameRequest)(nil),           // 62: atoll.v1.RenameRequest
-	(*ChangeOwnerRequest)(nil),      // 63: atoll.v1.ChangeOwnerRequest
-	(*SetPropertiesRequest)(nil),    // 64: atoll.v1.SetPropertiesRequest
-	(*Limits)(nil),                  // 65: atoll.v1.Limits
-	(*Limit)(nil),                   // 66: atoll.v1.Limit
-	(*SetLimitsRequest)(nil),        // 67: atoll.v1.SetLimitsRequest
-	(*TrashEntry)(nil),              // 68: atoll.v1.TrashEntry
-	(*MoveToTrashRequest)(nil),      // 69: atoll.v1.MoveToTrashRequest
-	(*ListTrashRequest)(nil),        // 70: atoll.v1.ListTrashRequest
-	(*ListTrashResponse)(nil),       // 71: atoll.v1.ListTrashResponse
-	(*RestoreTrashRequest)(nil),     // 72: atoll.v1.RestoreTrashRequest
-	(*PurgeTrashRequest)(nil),       // 73: atoll.v1.PurgeTrashRequest
-	(*PurgeTrashResponse)(nil),      // 74: atoll.v1.PurgeTrashResponse
-	(*User)(nil),                    // 75: atoll.v1.User
-	(*CreateUserRequest)(nil),       // 76: atoll.v1.CreateUserRequest
-	(*ListUsersRequest)(nil),        // 77: atoll.v1.ListUsersRequest
-	(*ListUsersResponse)(nil),       // 78: atoll.v1.ListUsersResponse
-	(*UpdateUserRequest)(nil),       // 79: atoll.v1.UpdateUserRequest
-	(*DeleteUserRequest)(nil),       // 80: atoll.v1.DeleteUserRequest
-	(*DeleteUserResponse)(nil),      // 81: atoll.v1.DeleteUserResponse
-	(*Task)(nil),                    // 82: atoll.v1.Task
-	(*ListTasksRequest)(nil),        // 83: atoll.v1.ListTasksRequest
-	(*ListTasksResponse)(nil),       // 84: atoll.v1.ListTasksResponse
-	(*GetTaskRequest)(nil),          // 85: atoll.v1.GetTaskRequest
-	(*CancelTaskRequest)(nil),       // 86: atoll.v1.CancelTaskRequest
-	(*InjectRequest)(nil),           // 87: atoll.v1.InjectRequest
-	(*InjectResponse)(nil),          // 88: atoll.v1.InjectResponse
-	(*AddNodeRequest)(nil),          // 89: atoll.v1.AddNodeRequest
-	(*AddNodeResponse)(nil),         // 90: atoll.v1.AddNodeResponse
-	nil,                             // 91: atoll.v1.Volume.PropertiesEntry
-	nil,                             // 92: atoll.v1.CreateVolumeRequest.PropertiesEntry
-	nil,                             // 93: atoll.v1.Version.PropertiesEntry
-	nil,                             // 94: atoll.v1.CreateVersionRequest.PropertiesEntry
-	nil,                             // 95: atoll.v1.CloneVersionRequest.PropertiesEntry
-	nil,                             // 96: atoll.v1.Entry.PropertiesEntry
-	nil,                             // 97: atoll.v1.SetPropertiesRequest.PropertiesEntry
-	(*timestamppb.Timestamp)(nil),   // 98: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),     // 99: google.protobuf.Duration
+	(*KeptMedium)(nil),              // 3: atoll.v1.KeptMedium
+	(*Process)(nil),                 // 4: atoll.v1.Process
+	(*ListNodesRequest)(nil),        // 5: atoll.v1.ListNodesRequest
+	(*ListNodesResponse)(nil),       // 6: atoll.v1.ListNodesResponse
+	(*Node)(nil),                    // 7: atoll.v1.Node
+	(*GetConfigRequest)(nil),        // 8: atoll.v1.GetConfigRequest
+	(*GetConfigResponse)(nil),       // 9: atoll.v1.GetConfigResponse
+	(*Setting)(nil),                 // 10: atoll.v1.Setting
+	(*DiagnoseRequest)(nil),         // 11: atoll.v1.DiagnoseRequest
+	(*DiagnoseResponse)(nil),        // 12: atoll.v1.DiagnoseResponse
+	(*Finding)(nil),                 // 13: atoll.v1.Finding
+	(*CreateTokenRequest)(nil),      // 14: atoll.v1.CreateTokenRequest
+	(*CreateTokenResponse)(nil),     // 15: atoll.v1.CreateTokenResponse
+	(*JoinRequest)(nil),             // 16: atoll.v1.JoinRequest
+	(*JoinResponse)(nil),            // 17: atoll.v1.JoinResponse
+	(*Volume)(nil),                  // 18: atoll.v1.Volume
+	(*CreateVolumeRequest)(nil),     // 19: atoll.v1.CreateVolumeRequest
+	(*ListVolumesRequest)(nil),      // 20: atoll.v1.ListVolumesRequest
+	(*ListVolumesResponse)(nil),     // 21: atoll.v1.ListVolumesResponse
+	(*GetVolumeRequest)(nil),        // 22: atoll.v1.GetVolumeRequest
+	(*ResizeVolumeRequest)(nil),     // 23: atoll.v1.ResizeVolumeRequest
+	(*DeleteVolumeRequest)(nil),     // 24: atoll.v1.DeleteVolumeRequest
+	(*DeleteVolumeResponse)(nil),    // 25: atoll.v1.DeleteVolumeResponse
+	(*CheckVolumeRequest)(nil),      // 26: atoll.v1.CheckVolumeRequest
+	(*CheckVolumeResponse)(nil),     // 27: atoll.v1.CheckVolumeResponse
+	(*Version)(nil),                 // 28: atoll.v1.Version
+	(*CreateVersionRequest)(nil),    // 29: atoll.v1.CreateVersionRequest
+	(*CreateVersionResponse)(nil),   // 30: atoll.v1.CreateVersionResponse
+	(*ListVersionsRequest)(nil),     // 31: atoll.v1.ListVersionsRequest
+	(*ListVersionsResponse)(nil),    // 32: atoll.v1.ListVersionsResponse
+	(*UpdateVersionRequest)(nil),    // 33: atoll.v1.UpdateVersionRequest
+	(*DeleteVersionRequest)(nil),    // 34: atoll.v1.DeleteVersionRequest
+	(*DeleteVersionResponse)(nil),   // 35: atoll.v1.DeleteVersionResponse
+	(*ReleaseVersionRequest)(nil),   // 36: atoll.v1.ReleaseVersionRequest
+	(*RestoreVersionRequest)(nil),   // 37: atoll.v1.RestoreVersionRequest
+	(*RestoreVersionResponse)(nil),  // 38: atoll.v1.RestoreVersionResponse
+	(*CloneVersionRequest)(nil),     // 39: atoll.v1.CloneVersionRequest
+	(*FlattenRequest)(nil),          // 40: atoll.v1.FlattenRequest
+	(*ListChildrenRequest)(nil),     // 41: atoll.v1.ListChildrenRequest
+	(*ListChildrenResponse)(nil),    // 42: atoll.v1.ListChildrenResponse
+	(*Child)(nil),                   // 43: atoll.v1.Child
+	(*DiffRequest)(nil),             // 44: atoll.v1.DiffRequest
+	(*DiffResponse)(nil),            // 45: atoll.v1.DiffResponse
+	(*Extent)(nil),                  // 46: atoll.v1.Extent
+	(*SetScheduleRequest)(nil),      // 47: atoll.v1.SetScheduleRequest
+	(*SetScheduleResponse)(nil),     // 48: atoll.v1.SetScheduleResponse
+	(*BeginImportRequest)(nil),      // 49: atoll.v1.BeginImportRequest
+	(*BeginImportResponse)(nil),     // 50: atoll.v1.BeginImportResponse
+	(*CommitImportRequest)(nil),     // 51: atoll.v1.CommitImportRequest
+	(*AbortImportRequest)(nil),      // 52: atoll.v1.AbortImportRequest
+	(*AbortImportResponse)(nil),     // 53: atoll.v1.AbortImportResponse
+	(*KeepImportRequest)(nil),       // 54: atoll.v1.KeepImportRequest
+	(*KeepImportResponse)(nil),      // 55: atoll.v1.KeepImportResponse
+	(*Entry)(nil),                   // 56: atoll.v1.Entry
+	(*MakeDirectoryRequest)(nil),    // 57: atoll.v1.MakeDirectoryRequest
+	(*RemoveDirectoryRequest)(nil),  // 58: atoll.v1.RemoveDirectoryRequest
+	(*RemoveDirectoryResponse)(nil), // 59: atoll.v1.RemoveDirectoryResponse
+	(*ListDirectoryRequest)(nil),    // 60: atoll.v1.ListDirectoryRequest
+	(*ListDirectoryResponse)(nil),   // 61: atoll.v1.ListDirectoryResponse
+	(*GetEntryRequest)(nil),         // 62: atoll.v1.GetEntryRequest
+	(*RenameRequest)(nil),           // 63: atoll.v1.RenameRequest
+	(*ChangeOwnerRequest)(nil),      // 64: atoll.v1.ChangeOwnerRequest
+	(*SetPropertiesRequest)(nil),    // 65: atoll.v1.SetPropertiesRequest
+	(*Limits)(nil),                  // 66: atoll.v1.Limits
+	(*Limit)(nil),                   // 67: atoll.v1.Limit
+	(*SetLimitsRequest)(nil),        // 68: atoll.v1.SetLimitsRequest
+	(*TrashEntry)(nil),              // 69: atoll.v1.TrashEntry
+	(*MoveToTrashRequest)(nil),      // 70: atoll.v1.MoveToTrashRequest
+	(*ListTrashRequest)(nil),        // 71: atoll.v1.ListTrashRequest
+	(*ListTrashResponse)(nil),       // 72: atoll.v1.ListTrashResponse
+	(*RestoreTrashRequest)(nil),     // 73: atoll.v1.RestoreTrashRequest
+	(*PurgeTrashRequest)(nil),       // 74: atoll.v1.PurgeTrashRequest
+	(*PurgeTrashResponse)(nil),      // 75: atoll.v1.PurgeTrashResponse
+	(*User)(nil),                    // 76: atoll.v1.User
+	(*CreateUserRequest)(nil),       // 77: atoll.v1.CreateUserRequest
+	(*ListUsersRequest)(nil),        // 78: atoll.v1.ListUsersRequest
+	(*ListUsersResponse)(nil),       // 79: atoll.v1.ListUsersResponse
+	(*UpdateUserRequest)(nil),       // 80: atoll.v1.UpdateUserRequest
+	(*AuthenticateRequest)(nil),     // 81: atoll.v1.AuthenticateRequest
+	(*DeleteUserRequest)(nil),       // 82: atoll.v1.DeleteUserRequest
+	(*DeleteUserResponse)(nil),      // 83: atoll.v1.DeleteUserResponse
+	(*Task)(nil),                    // 84: atoll.v1.Task
+	(*ListTasksRequest)(nil),        // 85: atoll.v1.ListTasksRequest
+	(*ListTasksResponse)(nil),       // 86: atoll.v1.ListTasksResponse
+	(*GetTaskRequest)(nil),          // 87: atoll.v1.GetTaskRequest
+	(*CancelTaskRequest)(nil),       // 88: atoll.v1.CancelTaskRequest
+	(*InjectRequest)(nil),           // 89: atoll.v1.InjectRequest
+	(*InjectResponse)(nil),          // 90: atoll.v1.InjectResponse
+	(*AddNodeRequest)(nil),          // 91: atoll.v1.AddNodeRequest
+	(*AddNodeResponse)(nil),         // 92: atoll.v1.AddNodeResponse
+	nil,                             // 93: atoll.v1.Volume.PropertiesEntry
+	nil,                             // 94: atoll.v1.CreateVolumeRequest.PropertiesEntry
+	nil,                             // 95: atoll.v1.Version.PropertiesEntry
+	nil,                             // 96: atoll.v1.CreateVersionRequest.PropertiesEntry
+	nil,                             // 97: atoll.v1.CloneVersionRequest.PropertiesEntry
+	nil,                             // 98: atoll.v1.CommitImportRequest.PropertiesEntry
+	nil,                             // 99: atoll.v1.Entry.PropertiesEntry
+	nil,                             // 100: atoll.v1.SetPropertiesRequest.PropertiesEntry
+	(*timestamppb.Timestamp)(nil),   // 101: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),     // 102: google.protobuf.Duration
 }
 var file_atoll_proto_depIdxs = []int32{
-	3,  // 0: atoll.v1.GetStatusResponse.processes:type_name -> atoll.v1.Process
-	98, // 1: atoll.v1.GetStatusResponse.now:type_name -> google.protobuf.Timestamp
-	98, // 2: atoll.v1.Process.started:type_name -> google.protobuf.Timestamp
-	6,  // 3: atoll.v1.ListNodesResponse.nodes:type_name -> atoll.v1.Node
-	99, // 4: atoll.v1.Node.append_p99:type_name -> google.protobuf.Duration
-	9,  // 5: atoll.v1.GetConfigResponse.settings:type_name -> atoll.v1.Setting
-	12, // 6: atoll.v1.DiagnoseResponse.findings:type_name -> atoll.v1.Finding
-	99, // 7: atoll.v1.CreateTokenRequest.ttl:type_name -> google.protobuf.Duration
-	98, // 8: atoll.v1.CreateTokenResponse.expires:type_name -> google.protobuf.Timestamp
-	98, // 9: atoll.v1.Volume.created:type_name -> google.protobuf.Timestamp
-	91, // 10: atoll.v1.Volume.properties:type_name -> atoll.v1.Volume.PropertiesEntry
-	65, // 11: atoll.v1.Volume.limits:type_name -> atoll.v1.Limits
-	98, // 12: atoll.v1.Volume.expires:type_name -> google.protobuf.Timestamp
-	92, // 13: atoll.v1.CreateVolumeRequest.properties:type_name -> atoll.v1.CreateVolumeRequest.PropertiesEntry
-	65, // 14: atoll.v1.CreateVolumeRequest.limits:type_name -> atoll.v1.Limits
-	17, // 15: atoll.v1.ListVolumesResponse.volumes:type_name -> atoll.v1.Volume
-	98, // 16: atoll.v1.DeleteVolumeResponse.expires:type_name -> google.protobuf.Timestamp
-	98, // 17: atoll.v1.Version.time:type_name -> google.protobuf.Timestamp
-	93, // 18: atoll.v1.Version.properties:type_name -> atoll.v1.Version.PropertiesEntry
-	94, // 19: atoll.v1.CreateVersionRequest.properties:type_name -> atoll.v1.CreateVersionRequest.PropertiesEntry
-	27, // 20: atoll.v1.CreateVersionResponse.versions:type_name -> atoll.v1.Version
-	27, // 21: atoll.v1.ListVersionsResponse.versions:type_name -> atoll.v1.Version
-	27, // 22: atoll.v1.RestoreVersionResponse.version:type_name -> atoll.v1.Version
-	27, // 23: atoll.v1.RestoreVersionResponse.saved:type_name -> atoll.v1.Version
-	95, // 24: atoll.v1.CloneVersionRequest.properties:type_name -> atoll.v1.CloneVersionRequest.PropertiesEntry
-	42, // 25: atoll.v1.ListChildrenResponse.children:type_name -> atoll.v1.Child
-	45, // 26: atoll.v1.DiffResponse.extents:type_name -> atoll.v1.Extent
-	98, // 27: atoll.v1.Entry.created:type_name -> google.protobuf.Timestamp
-	96, // 28: atoll.v1.Entry.properties:type_name -> atoll.v1.Entry.PropertiesEntry
-	55, // 29: atoll.v1.ListDirectoryResponse.entries:type_name -> atoll.v1.Entry
-	97, // 30: atoll.v1.SetPropertiesRequest.properties:type_name -> atoll.v1.SetPropertiesRequest.PropertiesEntry
-	66, // 31: atoll.v1.Limits.iops:type_name -> atoll.v1.Limit
-	66, // 32: atoll.v1.Limits.read_iops:type_name -> atoll.v1.Limit
-	66, // 33: atoll.v1.Limits.write_iops:type_name -> atoll.v1.Limit
-	66, // 34: atoll.v1.Limits.bytes:type_name -> atoll.v1.Limit
-	66, // 35: atoll.v1.Limits.read_bytes:type_name -> atoll.v1.Limit
-	66, // 36: atoll.v1.Limits.write_bytes:type_name -> atoll.v1.Limit
-	65, // 37: atoll.v1.SetLimitsRequest.limits:type_name -> atoll.v1.Limits
-	98, // 38: atoll.v1.TrashEntry.removed:type_name -> google.protobuf.Timestamp
-	98, // 39: atoll.v1.TrashEntry.expires:type_name -> google.protobuf.Timestamp
-	98, // 40: atoll.v1.TrashEntry.created:type_name -> google.protobuf.Timestamp
-	98, // 41: atoll.v1.MoveToTrashRequest.expires:type_name -> google.protobuf.Timestamp
-	68, // 42: atoll.v1.ListTrashResponse.entries:type_name -> atoll.v1.TrashEntry
-	98, // 43: atoll.v1.PurgeTrashRequest.expired_before:type_name -> google.protobuf.Timestamp
-	98, // 44: atoll.v1.User.created:type_name -> google.protobuf.Timestamp
-	75, // 45: atoll.v1.ListUsersResponse.users:type_name -> atoll.v1.User
-	98, // 46: atoll.v1.Task.started:type_name -> google.protobuf.Timestamp
-	98, // 47: atoll.v1.Task.ended:type_name -> google.protobuf.Timestamp
-	82, // 48: atoll.v1.ListTasksResponse.tasks:type_name -> atoll.v1.Task
-	99, // 49: atoll.v1.InjectRequest.delay:type_name -> google.protobuf.Duration
-	1,  // 50: atoll.v1.ClusterService.GetStatus:input_type -> atoll.v1.GetStatusRequest
-	4,  // 51: atoll.v1.ClusterService.ListNodes:input_type -> atoll.v1.ListNodesRequest
-	7,  // 52: atoll.v1.ClusterService.GetConfig:input_type -> atoll.v1.GetConfigRequest
-	10, // 53: atoll.v1.ClusterService.Diagnose:input_type -> atoll.v1.DiagnoseRequest
-	13, // 54: atoll.v1.ClusterService.CreateToken:input_type -> atoll.v1.CreateTokenRequest
-	15, // 55: atoll.v1.ClusterService.Join:input_type -> atoll.v1.JoinRequest
-	18, // 56: atoll.v1.VolumeService.CreateVolume:input_type -> atoll.v1.CreateVolumeRequest
-	19, // 57: atoll.v1.VolumeService.ListVolumes:input_type -> atoll.v1.ListVolumesRequest
-	21, // 58: atoll.v1.VolumeService.GetVolume:input_type -> atoll.v1.GetVolumeRequest
-	22, // 59: atoll.v1.VolumeService.ResizeVolume:input_type -> atoll.v1.ResizeVolumeRequest
-	23, // 60: atoll.v1.VolumeService.DeleteVolume:input_type -> atoll.v1.DeleteVolumeRequest
-	25, // 61: atoll.v1.VolumeService.CheckVolume:input_type -> atoll.v1.CheckVolumeRequest
-	28, // 62: atoll.v1.VersionService.CreateVersion:input_type -> atoll.v1.CreateVersionRequest
-	30, // 63: atoll.v1.VersionService.ListVersions:input_type -> atoll.v1.ListVersionsRequest
-	32, // 64: atoll.v1.VersionService.UpdateVersion:input_type -> atoll.v1.UpdateVersionRequest
-	33, // 65: atoll.v1.VersionService.DeleteVersion:input_type -> atoll.v1.DeleteVersionRequest
-	35, // 66: atoll.v1.VersionService.ReleaseVersion:input_type -> atoll.v1.ReleaseVersionRequest
-	36, // 67: atoll.v1.VersionService.RestoreVersion:input_type -> atoll.v1.RestoreVersionRequest
-	38, // 68: atoll.v1.VersionService.CloneVersion:input_type -> atoll.v1.CloneVersionRequest
-	39, // 69: atoll.v1.VersionService.Flatten:input_type -> atoll.v1.FlattenRequest
-	40, // 70: atoll.v1.VersionService.ListChildren:input_type -> atoll.v1.ListChildrenRequest
-	43, // 71: atoll.v1.VersionService.Diff:input_type -> atoll.v1.DiffRequest
-	46, // 72: atoll.v1.VersionService.SetSchedule:input_type -> atoll.v1.SetScheduleRequest
-	48, // 73: atoll.v1.VersionService.BeginImport:input_type -> atoll.v1.BeginImportRequest
-	50, // 74: atoll.v1.VersionService.CommitImport:input_type -> atoll.v1.CommitImportRequest
-	51, // 75: atoll.v1.VersionService.AbortImport:input_type -> atoll.v1.AbortImportRequest
-	53, // 76: atoll.v1.VersionService.KeepImport:input_type -> atoll.v1.KeepImportRequest
-	56, // 77: atoll.v1.NamespaceService.MakeDirectory:input_type -> atoll.v1.MakeDirectoryRequest
-	57, // 78: atoll.v1.NamespaceService.RemoveDirectory:input_type -> atoll.v1.RemoveDirectoryRequest
-	59, // 79: atoll.v1.NamespaceService.ListDirectory:input_type -> atoll.v1.ListDirectoryRequest
-	61, // 80: atoll.v1.NamespaceService.GetEntry:input_type -> atoll.v1.GetEntryRequest
-	62, // 81: atoll.v1.NamespaceService.Rename:input_type -> atoll.v1.RenameRequest
-	63, // 82: atoll.v1.NamespaceService.ChangeOwner:input_type -> atoll.v1.ChangeOwnerRequest
-	64, // 83: atoll.v1.NamespaceService.SetProperties:input_type -> atoll.v1.SetPropertiesRequest
-	67, // 84: atoll.v1.NamespaceService.SetLimits:input_type -> atoll.v1.SetLimitsRequest
-	69, // 85: atoll.v1.TrashService.MoveToTrash:input_type -> atoll.v1.MoveToTrashRequest
-	70, // 86: atoll.v1.TrashService.ListTrash:input_type -> atoll.v1.ListTrashRequest
-	72, // 87: atoll.v1.TrashService.RestoreTrash:input_type -> atoll.v1.RestoreTrashRequest
-	73, // 88: atoll.v1.TrashService.PurgeTrash:input_type -> atoll.v1.PurgeTrashRequest
-	76, // 89: atoll.v1.UserService.CreateUser:input_type -> atoll.v1.CreateUserRequest
-	77, // 90: atoll.v1.UserService.ListUsers:input_type -> atoll.v1.ListUsersRequest
-	79, // 91: atoll.v1.UserService.UpdateUser:input_type -> atoll.v1.UpdateUserRequest
-	80, // 92: atoll.v1.UserService.DeleteUser:input_type -> atoll.v1.DeleteUserRequest
-	83, // 93: atoll.v1.TaskService.ListTasks:input_type -> atoll.v1.ListTasksRequest
-	85, // 94: atoll.v1.TaskService.GetTask:input_type -> atoll.v1.GetTaskRequest
-	86, // 95: atoll.v1.TaskService.CancelTask:input_type -> atoll.v1.CancelTaskRequest
-	87, // 96: atoll.v1.DemoService.Inject:input_type -> atoll.v1.InjectRequest
-	89, // 97: atoll.v1.DemoService.AddNode:input_type -> atoll.v1.AddNodeRequest
-	2,  // 98: atoll.v1.ClusterService.GetStatus:output_type -> atoll.v1.GetStatusResponse
-	5,  // 99: atoll.v1.ClusterService.ListNodes:output_type -> atoll.v1.ListNodesResponse
-	8,  // 100: atoll.v1.ClusterService.GetConfig:output_type -> atoll.v1.GetConfigResponse
-	11, // 101: atoll.v1.ClusterService.Diagnose:output_type -> atoll.v1.DiagnoseResponse
-	14, // 102: atoll.v1.ClusterService.CreateToken:output_type -> atoll.v1.CreateTokenResponse
-	16, // 103: atoll.v1.ClusterService.Join:output_type -> atoll.v1.JoinResponse
-	17, // 104: atoll.v1.VolumeService.CreateVolume:output_type -> atoll.v1.Volume
-	20, // 105: atoll.v1.VolumeService.ListVolumes:output_type -> atoll.v1.ListVolumesResponse
-	17, // 106: atoll.v1.VolumeService.GetVolume:output_type -> atoll.v1.Volume
-	17, // 107: atoll.v1.VolumeService.ResizeVolume:output_type -> atoll.v1.Volume
-	24, // 108: atoll.v1.VolumeService.DeleteVolume:output_type -> atoll.v1.DeleteVolumeResponse
-	26, // 109: atoll.v1.VolumeService.CheckVolume:output_type -> atoll.v1.CheckVolumeResponse
-	29, // 110: atoll.v1.VersionService.CreateVersion:output_type -> atoll.v1.CreateVersionResponse
-	31, // 111: atoll.v1.VersionService.ListVersions:output_type -> atoll.v1.ListVersionsResponse
-	27, // 112: atoll.v1.VersionService.UpdateVersion:output_type -> atoll.v1.Version
-	34, // 113: atoll.v1.VersionService.DeleteVersion:output_type -> atoll.v1.DeleteVersionResponse
-	27, // 114: atoll.v1.VersionService.ReleaseVersion:output_type -> atoll.v1.Version
-	37, // 115: atoll.v1.VersionService.RestoreVersion:output_type -> atoll.v1.RestoreVersionResponse
-	17, // 116: atoll.v1.VersionService.CloneVersion:output_type -> atoll.v1.Volume
-	82, // 117: atoll.v1.VersionService.Flatten:output_type -> atoll.v1.Task
-	41, // 118: atoll.v1.VersionService.ListChildren:output_type -> atoll.v1.ListChildrenResponse
-	44, // 119: atoll.v1.VersionService.Diff:output_type -> atoll.v1.DiffResponse
-	47, // 120: atoll.v1.VersionService.SetSchedule:output_type -> atoll.v1.SetScheduleResponse
-	49, // 121: atoll.v1.VersionService.BeginImport:output_type -> atoll.v1.BeginImportResponse
-	27, // 122: atoll.v1.VersionService.CommitImport:output_type -> atoll.v1.Version
-	52, // 123: atoll.v1.VersionService.AbortImport:output_type -> atoll.v1.AbortImportResponse
-	54, // 124: atoll.v1.VersionService.KeepImport:output_type -> atoll.v1.KeepImportResponse
-	55, // 125: atoll.v1.NamespaceService.MakeDirectory:output_type -> atoll.v1.Entry
-	58, // 126: atoll.v1.NamespaceService.RemoveDirectory:output_type -> atoll.v1.RemoveDirectoryResponse
-	60, // 127: atoll.v1.NamespaceService.ListDirectory:output_type -> atoll.v1.ListDirectoryResponse
-	55, // 128: atoll.v1.NamespaceService.GetEntry:output_type -> atoll.v1.Entry
-	55, // 129: atoll.v1.NamespaceService.Rename:output_type -> atoll.v1.Entry
-	55, // 130: atoll.v1.NamespaceService.ChangeOwner:output_type -> atoll.v1.Entry
-	55, // 131: atoll.v1.NamespaceService.SetProperties:output_type -> atoll.v1.Entry
-	65, // 132: atoll.v1.NamespaceService.SetLimits:output_type -> atoll.v1.Limits
-	68, // 133: atoll.v1.TrashService.MoveToTrash:output_type -> atoll.v1.TrashEntry
-	71, // 134: atoll.v1.TrashService.ListTrash:output_type -> atoll.v1.ListTrashResponse
-	55, // 135: atoll.v1.TrashService.RestoreTrash:output_type -> atoll.v1.Entry
-	74, // 136: atoll.v1.TrashService.PurgeTrash:output_type -> atoll.v1.PurgeTrashResponse
-	75, // 137: atoll.v1.UserService.CreateUser:output_type -> atoll.v1.User
-	78, // 138: atoll.v1.UserService.ListUsers:output_type -> atoll.v1.ListUsersResponse
-	75, // 139: atoll.v1.UserService.UpdateUser:output_type -> atoll.v1.User
-	81, // 140: atoll.v1.UserService.DeleteUser:output_type -> atoll.v1.DeleteUserResponse
-	84, // 141: atoll.v1.TaskService.ListTasks:output_type -> atoll.v1.ListTasksResponse
-	82, // 142: atoll.v1.TaskService.GetTask:output_type -> atoll.v1.Task
-	82, // 143: atoll.v1.TaskService.CancelTask:output_type -> atoll.v1.Task
-	88, // 144: atoll.v1.DemoService.Inject:output_type -> atoll.v1.InjectResponse
-	90, // 145: atoll.v1.DemoService.AddNode:output_type -> atoll.v1.AddNodeResponse
-	98, // [98:146] is the sub-list for method output_type
-	50, // [50:98] is the sub-list for method input_type
-	50, // [50:50] is the sub-list for extension type_name
-	50, // [50:50] is the sub-list for extension extendee
-	0,  // [0:50] is the sub-list for field type_name
+	4,   // 0: atoll.v1.GetStatusResponse.processes:type_name -> atoll.v1.Process
+	101, // 1: atoll.v1.GetStatusResponse.now:type_name -> google.protobuf.Timestamp
+	3,   // 2: atoll.v1.GetStatusResponse.kept:type_name -> atoll.v1.KeptMedium
+	101, // 3: atoll.v1.Process.started:type_name -> google.protobuf.Timestamp
+	7,   // 4: atoll.v1.ListNodesResponse.nodes:type_name -> atoll.v1.Node
+	102, // 5: atoll.v1.Node.append_p99:type_name -> google.protobuf.Duration
+	10,  // 6: atoll.v1.GetConfigResponse.settings:type_name -> atoll.v1.Setting
+	13,  // 7: atoll.v1.DiagnoseResponse.findings:type_name -> atoll.v1.Finding
+	102, // 8: atoll.v1.CreateTokenRequest.ttl:type_name -> google.protobuf.Duration
+	101, // 9: atoll.v1.CreateTokenResponse.expires:type_name -> google.protobuf.Timestamp
+	101, // 10: atoll.v1.Volume.created:type_name -> google.protobuf.Timestamp
+	93,  // 11: atoll.v1.Volume.properties:type_name -> atoll.v1.Volume.PropertiesEntry
+	66,  // 12: atoll.v1.Volume.limits:type_name -> atoll.v1.Limits
+	101, // 13: atoll.v1.Volume.expires:type_name -> google.protobuf.Timestamp
+	94,  // 14: atoll.v1.CreateVolumeRequest.properties:type_name -> atoll.v1.CreateVolumeRequest.PropertiesEntry
+	66,  // 15: atoll.v1.CreateVolumeRequest.limits:type_name -> atoll.v1.Limits
+	18,  // 16: atoll.v1.ListVolumesResponse.volumes:type_name -> atoll.v1.Volume
+	101, // 17: atoll.v1.DeleteVolumeResponse.expires:type_name -> google.protobuf.Timestamp
+	101, // 18: atoll.v1.Version.time:type_name -> google.protobuf.Timestamp
+	95,  // 19: atoll.v1.Version.properties:type_name -> atoll.v1.Version.PropertiesEntry
+	96,  // 20: atoll.v1.CreateVersionRequest.properties:type_name -> atoll.v1.CreateVersionRequest.PropertiesEntry
+	28,  // 21: atoll.v1.CreateVersionResponse.versions:type_name -> atoll.v1.Version
+	28,  // 22: atoll.v1.ListVersionsResponse.versions:type_name -> atoll.v1.Version
+	28,  // 23: atoll.v1.RestoreVersionResponse.version:type_name -> atoll.v1.Version
+	28,  // 24: atoll.v1.RestoreVersionResponse.saved:type_name -> atoll.v1.Version
+	97,  // 25: atoll.v1.CloneVersionRequest.properties:type_name -> atoll.v1.CloneVersionRequest.PropertiesEntry
+	43,  // 26: atoll.v1.ListChildrenResponse.children:type_name -> atoll.v1.Child
+	46,  // 27: atoll.v1.DiffResponse.extents:type_name -> atoll.v1.Extent
+	98,  // 28: atoll.v1.CommitImportRequest.properties:type_name -> atoll.v1.CommitImportRequest.PropertiesEntry
+	101, // 29: atoll.v1.Entry.created:type_name -> google.protobuf.Timestamp
+	99,  // 30: atoll.v1.Entry.properties:type_name -> atoll.v1.Entry.PropertiesEntry
+	56,  // 31: atoll.v1.ListDirectoryResponse.entries:type_name -> atoll.v1.Entry
+	100, // 32: atoll.v1.SetPropertiesRequest.properties:type_name -> atoll.v1.SetPropertiesRequest.PropertiesEntry
+	67,  // 33: atoll.v1.Limits.iops:type_name -> atoll.v1.Limit
+	67,  // 34: atoll.v1.Limits.read_iops:type_name -> atoll.v1.Limit
+	67,  // 35: atoll.v1.Limits.write_iops:type_name -> atoll.v1.Limit
+	67,  // 36: atoll.v1.Limits.bytes:type_name -> atoll.v1.Limit
+	67,  // 37: atoll.v1.Limits.read_bytes:type_name -> atoll.v1.Limit
+	67,  // 38: atoll.v1.Limits.write_bytes:type_name -> atoll.v1.Limit
+	66,  // 39: atoll.v1.SetLimitsRequest.limits:type_name -> atoll.v1.Limits
+	101, // 40: atoll.v1.TrashEntry.removed:type_name -> google.protobuf.Timestamp
+	101, // 41: atoll.v1.TrashEntry.expires:type_name -> google.protobuf.Timestamp
+	101, // 42: atoll.v1.TrashEntry.created:type_name -> google.protobuf.Timestamp
+	101, // 43: atoll.v1.MoveToTrashRequest.expires:type_name -> google.protobuf.Timestamp
+	69,  // 44: atoll.v1.ListTrashResponse.entries:type_name -> atoll.v1.TrashEntry
+	101, // 45: atoll.v1.PurgeTrashRequest.expired_before:type_name -> google.protobuf.Timestamp
+	101, // 46: atoll.v1.User.created:type_name -> google.protobuf.Timestamp
+	76,  // 47: atoll.v1.ListUsersResponse.users:type_name -> atoll.v1.User
+	101, // 48: atoll.v1.Task.started:type_name -> google.protobuf.Timestamp
+	101, // 49: atoll.v1.Task.ended:type_name -> google.protobuf.Timestamp
+	84,  // 50: atoll.v1.ListTasksResponse.tasks:type_name -> atoll.v1.Task
+	102, // 51: atoll.v1.InjectRequest.delay:type_name -> google.protobuf.Duration
+	1,   // 52: atoll.v1.ClusterService.GetStatus:input_type -> atoll.v1.GetStatusRequest
+	5,   // 53: atoll.v1.ClusterService.ListNodes:input_type -> atoll.v1.ListNodesRequest
+	8,   // 54: atoll.v1.ClusterService.GetConfig:input_type -> atoll.v1.GetConfigRequest
+	11,  // 55: atoll.v1.ClusterService.Diagnose:input_type -> atoll.v1.DiagnoseRequest
+	14,  // 56: atoll.v1.ClusterService.CreateToken:input_type -> atoll.v1.CreateTokenRequest
+	16,  // 57: atoll.v1.ClusterService.Join:input_type -> atoll.v1.JoinRequest
+	19,  // 58: atoll.v1.VolumeService.CreateVolume:input_type -> atoll.v1.CreateVolumeRequest
+	20,  // 59: atoll.v1.VolumeService.ListVolumes:input_type -> atoll.v1.ListVolumesRequest
+	22,  // 60: atoll.v1.VolumeService.GetVolume:input_type -> atoll.v1.GetVolumeRequest
+	23,  // 61: atoll.v1.VolumeService.ResizeVolume:input_type -> atoll.v1.ResizeVolumeRequest
+	24,  // 62: atoll.v1.VolumeService.DeleteVolume:input_type -> atoll.v1.DeleteVolumeRequest
+	26,  // 63: atoll.v1.VolumeService.CheckVolume:input_type -> atoll.v1.CheckVolumeRequest
+	29,  // 64: atoll.v1.VersionService.CreateVersion:input_type -> atoll.v1.CreateVersionRequest
+	31,  // 65: atoll.v1.VersionService.ListVersions:input_type -> atoll.v1.ListVersionsRequest
+	33,  // 66: atoll.v1.VersionService.UpdateVersion:input_type -> atoll.v1.UpdateVersionRequest
+	34,  // 67: atoll.v1.VersionService.DeleteVersion:input_type -> atoll.v1.DeleteVersionRequest
+	36,  // 68: atoll.v1.VersionService.ReleaseVersion:input_type -> atoll.v1.ReleaseVersionRequest
+	37,  // 69: atoll.v1.VersionService.RestoreVersion:input_type -> atoll.v1.RestoreVersionRequest
+	39,  // 70: atoll.v1.VersionService.CloneVersion:input_type -> atoll.v1.CloneVersionRequest
+	40,  // 71: atoll.v1.VersionService.Flatten:input_type -> atoll.v1.FlattenRequest
+	41,  // 72: atoll.v1.VersionService.ListChildren:input_type -> atoll.v1.ListChildrenRequest
+	44,  // 73: atoll.v1.VersionService.Diff:input_type -> atoll.v1.DiffRequest
+	47,  // 74: atoll.v1.VersionService.SetSchedule:input_type -> atoll.v1.SetScheduleRequest
+	49,  // 75: atoll.v1.VersionService.BeginImport:input_type -> atoll.v1.BeginImportRequest
+	51,  // 76: atoll.v1.VersionService.CommitImport:input_type -> atoll.v1.CommitImportRequest
+	52,  // 77: atoll.v1.VersionService.AbortImport:input_type -> atoll.v1.AbortImportRequest
+	54,  // 78: atoll.v1.VersionService.KeepImport:input_type -> atoll.v1.KeepImportRequest
+	57,  // 79: atoll.v1.NamespaceService.MakeDirectory:input_type -> atoll.v1.MakeDirectoryRequest
+	58,  // 80: atoll.v1.NamespaceService.RemoveDirectory:input_type -> atoll.v1.RemoveDirectoryRequest
+	60,  // 81: atoll.v1.NamespaceService.ListDirectory:input_type -> atoll.v1.ListDirectoryRequest
+	62,  // 82: atoll.v1.NamespaceService.GetEntry:input_type -> atoll.v1.GetEntryRequest
+	63,  // 83: atoll.v1.NamespaceService.Rename:input_type -> atoll.v1.RenameRequest
+	64,  // 84: atoll.v1.NamespaceService.ChangeOwner:input_type -> atoll.v1.ChangeOwnerRequest
+	65,  // 85: atoll.v1.NamespaceService.SetProperties:input_type -> atoll.v1.SetPropertiesRequest
+	68,  // 86: atoll.v1.NamespaceService.SetLimits:input_type -> atoll.v1.SetLimitsRequest
+	70,  // 87: atoll.v1.TrashService.MoveToTrash:input_type -> atoll.v1.MoveToTrashRequest
+	71,  // 88: atoll.v1.TrashService.ListTrash:input_type -> atoll.v1.ListTrashRequest
+	73,  // 89: atoll.v1.TrashService.RestoreTrash:input_type -> atoll.v1.RestoreTrashRequest
+	74,  // 90: atoll.v1.TrashService.PurgeTrash:input_type -> atoll.v1.PurgeTrashRequest
+	77,  // 91: atoll.v1.UserService.CreateUser:input_type -> atoll.v1.CreateUserRequest
+	78,  // 92: atoll.v1.UserService.ListUsers:input_type -> atoll.v1.ListUsersRequest
+	80,  // 93: atoll.v1.UserService.UpdateUser:input_type -> atoll.v1.UpdateUserRequest
+	82,  // 94: atoll.v1.UserService.DeleteUser:input_type -> atoll.v1.DeleteUserRequest
+	81,  // 95: atoll.v1.UserService.Authenticate:input_type -> atoll.v1.AuthenticateRequest
+	85,  // 96: atoll.v1.TaskService.ListTasks:input_type -> atoll.v1.ListTasksRequest
+	87,  // 97: atoll.v1.TaskService.GetTask:input_type -> atoll.v1.GetTaskRequest
+	88,  // 98: atoll.v1.TaskService.CancelTask:input_type -> atoll.v1.CancelTaskRequest
+	89,  // 99: atoll.v1.DemoService.Inject:input_type -> atoll.v1.InjectRequest
+	91,  // 100: atoll.v1.DemoService.AddNode:input_type -> atoll.v1.AddNodeRequest
+	2,   // 101: atoll.v1.ClusterService.GetStatus:output_type -> atoll.v1.GetStatusResponse
+	6,   // 102: atoll.v1.ClusterService.ListNodes:output_type -> atoll.v1.ListNodesResponse
+	9,   // 103: atoll.v1.ClusterService.GetConfig:output_type -> atoll.v1.GetConfigResponse
+	12,  // 104: atoll.v1.ClusterService.Diagnose:output_type -> atoll.v1.DiagnoseResponse
+	15,  // 105: atoll.v1.ClusterService.CreateToken:output_type -> atoll.v1.CreateTokenResponse
+	17,  // 106: atoll.v1.ClusterService.Join:output_type -> atoll.v1.JoinResponse
+	18,  // 107: atoll.v1.VolumeService.CreateVolume:output_type -> atoll.v1.Volume
+	21,  // 108: atoll.v1.VolumeService.ListVolumes:output_type -> atoll.v1.ListVolumesResponse
+	18,  // 109: atoll.v1.VolumeService.GetVolume:output_type -> atoll.v1.Volume
+	18,  // 110: atoll.v1.VolumeService.ResizeVolume:output_type -> atoll.v1.Volume
+	25,  // 111: atoll.v1.VolumeService.DeleteVolume:output_type -> atoll.v1.DeleteVolumeResponse
+	27,  // 112: atoll.v1.VolumeService.CheckVolume:output_type -> atoll.v1.CheckVolumeResponse
+	30,  // 113: atoll.v1.VersionService.CreateVersion:output_type -> atoll.v1.CreateVersionResponse
+	32,  // 114: atoll.v1.VersionService.ListVersions:output_type -> atoll.v1.ListVersionsResponse
+	28,  // 115: atoll.v1.VersionService.UpdateVersion:output_type -> atoll.v1.Version
+	35,  // 116: atoll.v1.VersionService.DeleteVersion:output_type -> atoll.v1.DeleteVersionResponse
+	28,  // 117: atoll.v1.VersionService.ReleaseVersion:output_type -> atoll.v1.Version
+	38,  // 118: atoll.v1.VersionService.RestoreVersion:output_type -> atoll.v1.RestoreVersionResponse
+	18,  // 119: atoll.v1.VersionService.CloneVersion:output_type -> atoll.v1.Volume
+	84,  // 120: atoll.v1.VersionService.Flatten:output_type -> atoll.v1.Task
+	42,  // 121: atoll.v1.VersionService.ListChildren:output_type -> atoll.v1.ListChildrenResponse
+	45,  // 122: atoll.v1.VersionService.Diff:output_type -> atoll.v1.DiffResponse
+	48,  // 123: atoll.v1.VersionService.SetSchedule:output_type -> atoll.v1.SetScheduleResponse
+	50,  // 124: atoll.v1.VersionService.BeginImport:output_type -> atoll.v1.BeginImportResponse
+	28,  // 125: atoll.v1.VersionService.CommitImport:output_type -> atoll.v1.Version
+	53,  // 126: atoll.v1.VersionService.AbortImport:output_type -> atoll.v1.AbortImportResponse
+	55,  // 127: atoll.v1.VersionService.KeepImport:output_type -> atoll.v1.KeepImportResponse
+	56,  // 128: atoll.v1.NamespaceService.MakeDirectory:output_type -> atoll.v1.Entry
+	59,  // 129: atoll.v1.NamespaceService.RemoveDirectory:output_type -> atoll.v1.RemoveDirectoryResponse
+	61,  // 130: atoll.v1.NamespaceService.ListDirectory:output_type -> atoll.v1.ListDirectoryResponse
+	56,  // 131: atoll.v1.NamespaceService.GetEntry:output_type -> atoll.v1.Entry
+	56,  // 132: atoll.v1.NamespaceService.Rename:output_type -> atoll.v1.Entry
+	56,  // 133: atoll.v1.NamespaceService.ChangeOwner:output_type -> atoll.v1.Entry
+	56,  // 134: atoll.v1.NamespaceService.SetProperties:output_type -> atoll.v1.Entry
+	66,  // 135: atoll.v1.NamespaceService.SetLimits:output_type -> atoll.v1.Limits
+	69,  // 136: atoll.v1.TrashService.MoveToTrash:output_type -> atoll.v1.TrashEntry
+	72,  // 137: atoll.v1.TrashService.ListTrash:output_type -> atoll.v1.ListTrashResponse
+	56,  // 138: atoll.v1.TrashService.RestoreTrash:output_type -> atoll.v1.Entry
+	75,  // 139: atoll.v1.TrashService.PurgeTrash:output_type -> atoll.v1.PurgeTrashResponse
+	76,  // 140: atoll.v1.UserService.CreateUser:output_type -> atoll.v1.User
+	79,  // 141: atoll.v1.UserService.ListUsers:output_type -> atoll.v1.ListUsersResponse
+	76,  // 142: atoll.v1.UserService.UpdateUser:output_type -> atoll.v1.User
+	83,  // 143: atoll.v1.UserService.DeleteUser:output_type -> atoll.v1.DeleteUserResponse
+	76,  // 144: atoll.v1.UserService.Authenticate:output_type -> atoll.v1.User
+	86,  // 145: atoll.v1.TaskService.ListTasks:output_type -> atoll.v1.ListTasksResponse
+	84,  // 146: atoll.v1.TaskService.GetTask:output_type -> atoll.v1.Task
+	84,  // 147: atoll.v1.TaskService.CancelTask:output_type -> atoll.v1.Task
+	90,  // 148: atoll.v1.DemoService.Inject:output_type -> atoll.v1.InjectResponse
+	92,  // 149: atoll.v1.DemoService.AddNode:output_type -> atoll.v1.AddNodeResponse
+	101, // [101:150] is the sub-list for method output_type
+	52,  // [52:101] is the sub-list for method input_type
+	52,  // [52:52] is the sub-list for extension type_name
+	52,  // [52:52] is the sub-list for extension extendee
+	0,   // [0:52] is the sub-list for field type_name
 }
 
 func init() { file_atoll_proto_init() }
@@ -6626,15 +6874,16 @@ func file_atoll_proto_init() {
 	if File_atoll_proto != nil {
 		return
 	}
-	file_atoll_proto_msgTypes[32].OneofWrappers = []any{}
-	file_atoll_proto_msgTypes[79].OneofWrappers = []any{}
+	file_atoll_proto_msgTypes[18].OneofWrappers = []any{}
+	file_atoll_proto_msgTypes[33].OneofWrappers = []any{}
+	file_atoll_proto_msgTypes[80].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_atoll_proto_rawDesc), len(file_atoll_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   98,
+			NumMessages:   101,
 			NumExtensions: 0,
 			NumServices:   8,
 		},

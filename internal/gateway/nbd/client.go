@@ -2,9 +2,7 @@ package nbd
 
 import (
 	"context"
-	"encoding/binary"
 	"fmt"
-	"math"
 	"net"
 	"sync"
 	"sync/atomic"
@@ -51,13 +49,6 @@ type Client struct {
 	gather bool
 }
 
-// Extent is a part of an export in one state.
-type Extent struct {
-	Length int64
-	Hole   bool // not allocated
-	Zero   bool // reads as zeros
-}
-
 // The states of an op. Only opQueued and opSent can be abandoned.
 const (
 	opQueued  = iota // its owner's memory is not in use
@@ -71,14 +62,15 @@ const (
 // op is one request of a client. It is pooled and owned by its caller; an
 // abandoned one is left to the garbage collector.
 type op struct {
-	h       header
-	data    []byte // to be sent (WRITE) or filled (READ)
-	state   atomic.Int32
-	done    chan struct{} // takes one value when finished
-	err     error
-	head    [requestBytes]byte
-	got     int // bytes of data received
-	extents []Extent
+	h      header
+	data   []byte // to be sent (WRITE) or filled (READ)
+	state  atomic.Int32
+	done   chan struct{} // takes one value when finished
+	err    error
+	head   [requestBytes]byte
+	got    int    // bytes of data received
+	wanted uint32 // the id of the context that the owner asks for
+	runs   []run  // what that tells
 }
 
 // Dial connects to an export by its URI.
@@ -170,7 +162,7 @@ func (c *Client) Features() Features {
 		ReadOnly: f&flagReadOnly != 0, Flush: f&flagFlush != 0, FUA: f&flagFUA != 0,
 		Trim: f&flagTrim != 0, Zero: f&flagZeroes != 0, FastZero: f&flagFastZero != 0,
 		MultiConn: f&flagMultiConn != 0, Cache: f&flagCache != 0,
-		BlockStatus: c.p.status, Structured: c.p.structured,
+		BlockStatus: c.hasAllocation(), Structured: c.p.structured,
 	}
 }
 
@@ -217,52 +209,22 @@ func (c *Client) Cache(ctx context.Context, off, n int64) error {
 	return c.ranged(ctx, cmdCache, flagCache, 0, off, n)
 }
 
-// BlockStatus returns the extents of a range, in order, merged, and covering it
-// exactly. Without base:allocation on the server all is data.
-func (c *Client) BlockStatus(ctx context.Context, off, n int64) ([]Extent, error) {
-	if !c.p.status {
-		return []Extent{{Length: n}}, nil
-	}
-	var all []Extent
-	for n > 0 {
-		ask := min(n, math.MaxUint32/65536*65536)
-		var got []Extent
-		if err := c.call(ctx, header{typ: cmdBlockStatus, off: uint64(off), n: uint32(ask)}, nil, &got); err != nil {
-			return nil, err
-		}
-		for _, e := range got {
-			e.Length = min(e.Length, n)
-			off, n = off+e.Length, n-e.Length
-			all = addExtent(all, e)
-		}
-	}
-	return all, nil
-}
-
-// addExtent appends e, merging equal neighbours.
-func addExtent(all []Extent, e Extent) []Extent {
-	if e.Length == 0 {
-		return all
-	}
-	if last := len(all) - 1; last >= 0 && all[last].Hole == e.Hole && all[last].Zero == e.Zero {
-		all[last].Length += e.Length
-		return all
-	}
-	return append(all, e)
-}
-
 // Close ends the connection. Requests in flight fail; flush before if their
 // durability matters.
 func (c *Client) Close() error {
+	closed := fmt.Errorf("use connection to %v: %w", c.addr, atoll.ErrClosed)
 	c.mu.Lock()
 	idle := !c.mu.sending && c.mu.err == nil
-	c.mu.sending = true // nobody sends any more
+	c.mu.sending = true  // nobody sends any more
+	if c.mu.err == nil { // now already: the server may be quick to hang up
+		c.mu.err = closed
+	}
 	c.mu.Unlock()
 	if idle {
 		c.raw.SetWriteDeadline(time.Now().Add(time.Second))
 		c.nc.Write(appendHeader(nil, header{typ: cmdDisconnect}))
 	}
-	c.fail(fmt.Errorf("use connection to %v: %w", c.addr, atoll.ErrClosed))
+	c.fail(closed)
 	c.wg.Wait()
 	return nil
 }
@@ -298,13 +260,23 @@ func (c *Client) ranged(ctx context.Context, typ, need, flags uint16, off, n int
 	})
 }
 
+// statusWish says which context's answer to a BLOCK_STATUS is wanted, and takes
+// it.
+type statusWish struct {
+	id   uint32
+	runs []run
+}
+
 // call sends one request and waits for its answer.
-func (c *Client) call(ctx context.Context, h header, data []byte, extents *[]Extent) error {
+func (c *Client) call(ctx context.Context, h header, data []byte, wish *statusWish) error {
 	if err := ctx.Err(); err != nil {
 		return ctxError(err)
 	}
 	o := c.ops.Get().(*op)
-	o.h, o.data, o.err, o.got, o.extents = h, data, nil, 0, nil
+	o.h, o.data, o.err, o.got, o.runs = h, data, nil, 0, nil
+	if wish != nil {
+		o.wanted = wish.id
+	}
 	o.state.Store(opQueued)
 	if err := c.submit(o); err != nil {
 		return err
@@ -318,10 +290,10 @@ func (c *Client) call(ctx context.Context, h header, data []byte, extents *[]Ext
 		<-o.done
 	}
 	err := o.err
-	if extents != nil {
-		*extents = o.extents
+	if wish != nil {
+		wish.runs = o.runs
 	}
-	o.data, o.extents = nil, nil
+	o.data, o.runs = nil, nil
 	c.ops.Put(o)
 	if se, ok := err.(*ServerError); ok {
 		return fmt.Errorf("%v: %w", c.addr, se)
@@ -366,19 +338,4 @@ func (c *Client) fail(err error) {
 func (o *op) put(cookie uint64) {
 	o.h.cookie = cookie
 	appendHeader(o.head[:0], o.h)
-}
-
-// parseStatus decodes the payload of a BLOCK_STATUS chunk behind the id.
-func parseStatus(p []byte) (all []Extent, ok bool) {
-	if len(p) == 0 || len(p)%8 != 0 {
-		return nil, false
-	}
-	for ; len(p) > 0; p = p[8:] {
-		n, status := binary.BigEndian.Uint32(p), binary.BigEndian.Uint32(p[4:])
-		if n == 0 {
-			return nil, false
-		}
-		all = addExtent(all, Extent{Length: int64(n), Hole: status&stateHole != 0, Zero: status&stateZero != 0})
-	}
-	return all, true
 }

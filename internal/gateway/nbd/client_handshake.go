@@ -18,6 +18,9 @@ type DialOptions struct {
 	// TLS is used with nbds URIs; nil means the system's roots and the URI's
 	// host name.
 	TLS *tls.Config
+	// Contexts are metadata contexts to ask for besides base:allocation. Those
+	// that the export does not have are left out (see Client.Contexts).
+	Contexts []string
 	// NoStructured keeps to simple replies, as the Linux kernel does.
 	NoStructured bool
 	// DialContext replaces the way connections are made, for tests.
@@ -33,9 +36,8 @@ type proposal struct {
 	flags      uint16
 	blocks     Blocks
 	structured bool
-	statusID   uint32 // of base:allocation
-	status     bool
-	text       string // description
+	contexts   map[string]uint32 // the ids of the contexts that were chosen
+	text       string            // description
 }
 
 // dialer negotiates over one connection.
@@ -136,9 +138,24 @@ func (d *dialer) receive(opt uint32) (rep uint32, data []byte, err error) {
 		return 0, nil, err
 	}
 	if rep&repErr != 0 {
-		return rep, nil, &ServerError{Op: fmt.Sprintf("option %d", opt), Code: rep, Text: string(data)}
+		return rep, nil, newServerError(d.asked(opt), rep, string(data))
 	}
 	return rep, data, nil
+}
+
+// asked names an option for an error.
+func (d *dialer) asked(opt uint32) string {
+	switch opt {
+	case optGo:
+		return fmt.Sprintf("open export %q", d.addr.Export)
+	case optList:
+		return "list exports"
+	case optStartTLS:
+		return "start tls"
+	case optListMeta, optSetMeta:
+		return fmt.Sprintf("metadata contexts of export %q", d.addr.Export)
+	}
+	return fmt.Sprintf("option %d", opt)
 }
 
 // startTLS goes over to TLS.
@@ -192,22 +209,37 @@ func (d *dialer) choose() (p proposal, err error) {
 		}
 	}
 	if p.structured {
-		body := appendString(nil, d.addr.Export)
-		body = appendString(binary.BigEndian.AppendUint32(body, 1), baseAllocation)
-		_, err = d.ask(optSetMeta, body, func(rep uint32, data []byte) error {
-			if rep != repMeta || len(data) < 4 {
-				return fmt.Errorf("malformed metadata context: %w", atoll.ErrInvalid)
-			}
-			if string(data[4:]) == baseAllocation {
-				p.status, p.statusID = true, binary.BigEndian.Uint32(data)
-			}
-			return nil
-		})
-		if err != nil {
+		if err = d.setContexts(&p); err != nil {
 			return p, err
 		}
 	}
 	return p, d.goExport(&p)
+}
+
+// setContexts chooses base:allocation and the contexts that the caller wants. A
+// server that refuses is one without contexts.
+func (d *dialer) setContexts(p *proposal) error {
+	p.contexts = map[string]uint32{}
+	ok, err := d.ask(optSetMeta, d.metaBody(append([]string{ContextAllocation}, d.o.Contexts...)), func(rep uint32, data []byte) error {
+		if rep != repMeta || len(data) < 4 || len(p.contexts) > len(d.o.Contexts) {
+			return fmt.Errorf("malformed metadata context: %w", atoll.ErrInvalid)
+		}
+		p.contexts[string(data[4:])] = binary.BigEndian.Uint32(data)
+		return nil
+	})
+	if !ok {
+		clear(p.contexts)
+	}
+	return err
+}
+
+// metaBody encodes a request for the contexts of the address's export.
+func (d *dialer) metaBody(queries []string) []byte {
+	body := binary.BigEndian.AppendUint32(appendString(nil, d.addr.Export), uint32(len(queries)))
+	for _, q := range queries {
+		body = appendString(body, q)
+	}
+	return body
 }
 
 // ask sends an option that the server may refuse and reports whether it did not.
@@ -307,4 +339,45 @@ func List(ctx context.Context, uri string, o DialOptions) ([]ExportInfo, error) 
 	}
 	d.send(optAbort, nil) // a courtesy; the list is here
 	return all, nil
+}
+
+// ListContexts returns the metadata contexts of the export at uri that match
+// the queries (all if there are none; "qemu:dirty-bitmap:" gives all dirty
+// bitmaps). ErrNotExist if there is no such export.
+func ListContexts(ctx context.Context, uri string, o DialOptions, queries ...string) (all []string, err error) {
+	addr, err := ParseURI(uri)
+	if err != nil {
+		return nil, err
+	}
+	d, err := connect(ctx, addr, o)
+	if err != nil {
+		return nil, err
+	}
+	defer d.nc.Close()
+	defer d.guard(ctx)()
+	if _, err = d.ask(optStructuredReply, nil, nil); err == nil {
+		all, err = d.listContexts(queries)
+	}
+	if err != nil {
+		return nil, d.wrap(ctx, err)
+	}
+	d.send(optAbort, nil) // a courtesy; the list is here
+	return all, nil
+}
+
+// listContexts asks for the names of contexts.
+func (d *dialer) listContexts(queries []string) (all []string, err error) {
+	if err := d.send(optListMeta, d.metaBody(queries)); err != nil {
+		return nil, err
+	}
+	for {
+		rep, data, err := d.receive(optListMeta)
+		if err != nil || rep == repAck {
+			return all, err
+		}
+		if rep != repMeta || len(data) < 4 {
+			return nil, fmt.Errorf("malformed metadata context: %w", atoll.ErrInvalid)
+		}
+		all = append(all, string(data[4:]))
+	}
 }

@@ -181,7 +181,7 @@ func (c *Client) end(o *op) {
 
 // serverError makes the error of an op.
 func (o *op) serverError(code uint32, text string) error {
-	return &ServerError{Op: fmt.Sprintf("%s %d+%d", commandNames[o.h.typ], o.h.off, o.h.n), Code: code, Text: text}
+	return newServerError(fmt.Sprintf("%s %d+%d", commandNames[o.h.typ], o.h.off, o.h.n), code, text)
 }
 
 // receiveSimple takes in a simple reply.
@@ -299,22 +299,6 @@ func (c *Client) fillData(o *op, off uint64, n int) error {
 	err = c.in.read(dst)
 	o.state.CompareAndSwap(opFilling, opSent)
 	return noEOF(err)
-}
-
-// chunkStatus takes in the extents of one context.
-func (c *Client) chunkStatus(o *op, n int) error {
-	p := make([]byte, n)
-	if err := c.in.read(p); err != nil {
-		return err
-	}
-	if binary.BigEndian.Uint32(p) != c.p.statusID {
-		return nil
-	}
-	var ok bool
-	if o.extents, ok = parseStatus(p[4:]); !ok {
-		return fmt.Errorf("%w: block status of %d bytes", errProtocol, n)
-	}
-	return nil
 }
 
 // chunkError takes in an error; further chunks may follow.

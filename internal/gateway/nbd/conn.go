@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/atollstore/atoll/internal/atoll"
+	"github.com/atollstore/atoll/internal/qos"
 )
 
 const (
@@ -44,9 +45,11 @@ type conn struct {
 	noZeroes bool
 	neg      negotiation
 	export   string
-	dev      Device
+	opened   Device        // what Exports gave
+	dev      Device        // opened, or what is in it behind limit
+	limit    *qos.Throttle // nil if opened has none
 	readOnly bool
-	contexts []Context
+	contexts []string // the index is the id
 
 	// Requests. The holder of the token owns in, workers and err.
 	in       input
@@ -59,6 +62,7 @@ type conn struct {
 	budget   budget
 	out      replies
 	paces    [2]pace       // of reads and writes
+	lone     loner         // as in
 	held     atomic.Uint64 // odd while the reader carries out a request (inline.go)
 	seen     uint64        // of held, by the watchdog
 
@@ -107,7 +111,10 @@ func (c *conn) upgrade(tc net.Conn) {
 
 // attach gives the connection its device.
 func (c *conn) attach(asked string, dev Device, info Info) {
-	c.export, c.dev, c.readOnly = info.Name, dev, info.ReadOnly
+	c.export, c.opened, c.dev, c.readOnly = info.Name, dev, dev, info.ReadOnly
+	if l, ok := dev.(*limited); ok { // one wait for a request, not for each of its parts
+		c.dev, c.limit = l.Device, l.q
+	}
 	if c.neg.structured && c.neg.metaName == asked {
 		c.contexts = c.neg.contexts
 	}
@@ -118,8 +125,8 @@ func (c *conn) attach(asked string, dev Device, info Info) {
 
 // detach gives the device back.
 func (c *conn) detach() {
-	if c.dev != nil {
-		c.s.o.Exports.Release(c.dev)
+	if c.opened != nil {
+		c.s.o.Exports.Release(c.opened)
 	}
 }
 
@@ -160,6 +167,7 @@ func (c *conn) hurry(ctx context.Context) bool {
 // any more. The error is nil after a DISC.
 func (c *conn) transmit() error {
 	c.in.init(c.nc)
+	c.lone.init(c.nc, &c.s.waiting)
 	c.out.init(c.nc, &c.inFlight)
 	c.workers = 1
 	c.wg.Go(func() { c.work(true) })
@@ -207,8 +215,13 @@ func (c *conn) work(leading bool) {
 			}
 		}
 		leading = false
-		if c.in.dry() && !c.flushWatched() {
-			continue
+		if c.in.dry() {
+			if !c.flushWatched() {
+				continue
+			}
+			if c.inFlight.Load() == 0 {
+				c.lone.await()
+			}
 		}
 		r, err := c.next()
 		if err != nil {
@@ -218,8 +231,12 @@ func (c *conn) work(leading bool) {
 		if c.keeps(r) {
 			held := c.hold()
 			c.run(r)
+			if c.lone.sure() && c.lone.more() {
+				c.lone.note(false)
+			}
 			c.finishLater(r)
 			if leading = c.letGo(held); !leading {
+				c.lone.note(false)
 				c.flushReplies() // the new reader may be waiting for the client already
 			}
 			continue
@@ -285,7 +302,7 @@ func (c *conn) next() (*request, error) {
 			return nil, err
 		}
 	}
-	c.inFlight.Add(1)
+	c.lone.note(c.inFlight.Add(1) == 1 && c.in.a == c.in.b)
 	c.requests.Add(1)
 	r.start = time.Now()
 	return r, nil

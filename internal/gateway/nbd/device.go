@@ -60,35 +60,4 @@ type Info struct {
 	Description string
 	Size        int64
 	ReadOnly    bool
-	// Contexts are what BLOCK_STATUS can tell besides base:allocation.
-	Contexts []Context
-}
-
-// Context is a metadata context of an export, such as
-// "qemu:dirty-bitmap:since-monday": a name and what it says of each part of a
-// device. The one that every export has is base:allocation.
-type Context interface {
-	// Name returns "namespace:leaf".
-	Name() string
-	// Extents calls fn with the length and status word of the parts of a range
-	// in order, until the range ends or fn returns false.
-	Extents(ctx context.Context, dev Device, off, n int64, fn func(n int64, status uint32) bool) error
-}
-
-// allocation is the context base:allocation.
-type allocation struct{}
-
-var _ Context = allocation{}
-
-// Name returns base:allocation.
-func (allocation) Name() string { return baseAllocation }
-
-// Extents tells holes from data.
-func (allocation) Extents(ctx context.Context, dev Device, off, n int64, fn func(n int64, status uint32) bool) error {
-	return dev.Extents(ctx, off, n, func(n int64, hole bool) bool {
-		if hole {
-			return fn(n, stateHole|stateZero)
-		}
-		return fn(n, 0)
-	})
 }

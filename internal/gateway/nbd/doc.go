@@ -13,9 +13,16 @@
 // carries the request out itself. Finished replies are queued; whoever finds no
 // writer at work becomes the writer and sends all that is queued in one system
 // call. So a lone request never changes goroutines, and many at once share
-// system calls. While the device answers at the speed of memory, the reader
-// does not even pass the token on (inline.go). Request structs and buffers are
-// pooled.
+// system calls. While the device answers at the speed of memory (inline.go), or
+// the client has one request in flight at a time (lone.go), the reader does not
+// even pass the token on. Request structs and buffers are pooled.
+//
+// # Versions
+//
+// Besides base:allocation an export has the metadata contexts that its device
+// offers (Versioned): qemu:allocation-depth, and qemu:dirty-bitmap:since-NAME
+// for what changed since a version. So the backup tools of others read our
+// differences. Versions are exports of their own, read-only.
 //
 // # Invariants
 //

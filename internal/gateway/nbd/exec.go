@@ -13,7 +13,7 @@ const (
 	holeReadBytes = 64 << 10
 	// maxReadRuns is into how many parts a read is split at most.
 	maxReadRuns = 64
-	// maxStatusRuns is how many extents one answer holds at most.
+	// maxStatusRuns is how many extents one answer holds at most, of all contexts.
 	maxStatusRuns = 1 << 16
 )
 
@@ -48,7 +48,7 @@ func (c *conn) check(h header) (code uint32, why string) {
 	case c.s.draining.Load():
 		return errnoShutdown, "the server is shutting down"
 	case writes && c.readOnly:
-		return errnoPerm, "the export is read-only"
+		return errnoPerm, "the export is read-only [READ_ONLY]" // see tagged
 	case h.typ == cmdFlush && (h.off != 0 || h.n != 0):
 		return errnoInval, "flush takes no range"
 	case h.typ == cmdBlockStatus && len(c.contexts) == 0:
@@ -83,7 +83,11 @@ func (c *conn) execute(r *request) {
 		c.fail(r, r.code, r.why, r.off)
 		return
 	}
-	var err error
+	err := c.admit(r)
+	if err != nil {
+		c.failWith(r, err, r.off)
+		return
+	}
 	off, n, fua := int64(r.off), int64(r.n), r.flags&cmdFUA != 0
 	switch r.typ {
 	case cmdRead:
@@ -233,13 +237,13 @@ func (c *conn) readChunk(r *request, off, n, end int64, hole bool) (int64, error
 
 // runStatus answers BLOCK_STATUS with one chunk for each context.
 func (c *conn) runStatus(r *request) {
-	limit := maxStatusRuns
+	limit := max(1, maxStatusRuns/max(1, len(c.contexts)))
 	if r.flags&cmdReqOne != 0 {
 		limit = 1
 	}
 	for id, x := range c.contexts {
 		r.startRuns(int64(r.n), limit)
-		if err := x.Extents(c.ctx, c.dev, int64(r.off), int64(r.n), r.addState); err != nil {
+		if err := c.status(x, r); err != nil {
 			c.failWith(r, err, r.off)
 			return
 		}
@@ -271,7 +275,7 @@ func (c *conn) failWith(r *request, err error, at uint64) {
 	if c.ctx.Err() != nil {
 		code = errnoShutdown
 	}
-	c.fail(r, code, err.Error(), at)
+	c.fail(r, code, tagged(err, code), at)
 }
 
 // fail replaces whatever reply there is by an error, with text where the client

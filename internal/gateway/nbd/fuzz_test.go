@@ -14,7 +14,7 @@ import (
 // feed gives a server the bytes of a client over a pipe and waits for its end.
 func feed(t *testing.T, input []byte) {
 	t.Helper()
-	sh := &shelf{disks: map[string]*nbdtest.Memory{"": nbdtest.NewMemory(1 << 20)}, infos: map[string]Info{}}
+	sh := &shelf{disks: map[string]Device{"": nbdtest.NewDisk(1 << 20)}, infos: map[string]Info{}}
 	s := Serve(Options{Exports: sh, HandshakeTimeout: time.Second, Grace: time.Second})
 	defer s.Close()
 	mine, theirs := net.Pipe()
@@ -44,7 +44,7 @@ func optionBytesOf(opt uint32, data string) []byte {
 func FuzzHandshake(f *testing.F) {
 	f.Add([]byte{0, 0, 0, 3})
 	for opt := uint32(0); opt < 12; opt++ {
-		for _, data := range []string{"", nameBody("", 0, 1, 2, 3), metaBody("", "base:allocation", "base:")} {
+		for _, data := range []string{"", nameBody("", 0, 1, 2, 3), metaBody("", "base:allocation", "base:", "qemu:allocation-depth", "qemu:")} {
 			p := append([]byte{0, 0, 0, 3}, optionBytesOf(optStructuredReply, "")...)
 			p = append(p, optionBytesOf(opt, data)...)
 			f.Add(append(p, optionBytesOf(optGo, nameBody(""))...))
@@ -72,7 +72,7 @@ func FuzzRequests(f *testing.F) {
 		p := []byte{0, 0, 0, 3}
 		if structured {
 			p = append(p, optionBytesOf(optStructuredReply, "")...)
-			p = append(p, optionBytesOf(optSetMeta, metaBody("", "base:allocation"))...)
+			p = append(p, optionBytesOf(optSetMeta, metaBody("", "base:allocation", "qemu:allocation-depth"))...)
 		}
 		p = append(p, optionBytesOf(optGo, nameBody(""))...)
 		feed(t, append(p, input...))
@@ -91,7 +91,7 @@ func FuzzClient(f *testing.F) {
 		return string(p) + data
 	}
 	export := "\x00\x00\x00\x00\x00\x00\x00\x10\x00\x00\x0d\xed"
-	start := hello + ack(8, repAck, "") + ack(10, repMeta, "\x00\x00\x00\x00base:allocation") + ack(10, repAck, "") +
+	start := hello + ack(8, repAck, "") + ack(10, repMeta, "\x00\x00\x00\x00base:allocation") + ack(10, repMeta, "\x00\x00\x00\x07qemu:allocation-depth") + ack(10, repAck, "") +
 		ack(7, repInfo, export) + ack(7, repInfo, "\x00\x03\x00\x00\x00\x01\x00\x00\x10\x00\x02\x00\x00\x00") + ack(7, repAck, "")
 	f.Add([]byte(hello))
 	f.Add([]byte(start))
@@ -100,6 +100,8 @@ func FuzzClient(f *testing.F) {
 	status := string(appendChunk(nil, chunkDone, chunkStatus, 2, 12)) + "\x00\x00\x00\x00\x00\x00\x02\x00\x00\x00\x00\x03"
 	fail := string(appendChunk(nil, chunkDone, chunkErrorOffset, 1, 16)) + "\x00\x00\x00\x05\x00\x02no\x00\x00\x00\x00\x00\x00\x00\x00"
 	f.Add([]byte(start + data + hole + status))
+	depth := string(appendChunk(nil, chunkDone, chunkStatus, 3, 20)) + "\x00\x00\x00\x07\x00\x00\x01\x00\x00\x00\x00\x02\x00\x00\x01\x00\x00\x00\x00\x01"
+	f.Add([]byte(start + data + hole + status + depth))
 	f.Add([]byte(start + fail + status))
 	f.Add([]byte(start + string(appendSimple(nil, 5, 1)) + string(appendSimple(nil, 0, 2))))
 	f.Fuzz(func(t *testing.T, input []byte) {
@@ -109,11 +111,16 @@ func FuzzClient(f *testing.F) {
 		go func() { mine.Write(input); mine.Close(); done <- struct{}{} }()
 		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
 		defer cancel()
-		c, err := Dial(ctx, "nbd://x/", DialOptions{DialContext: func(context.Context, string, string) (net.Conn, error) { return theirs, nil }})
+		c, err := Dial(ctx, "nbd://x/", DialOptions{Contexts: []string{ContextDepth}, DialContext: func(context.Context, string, string) (net.Conn, error) { return theirs, nil }})
 		if err == nil {
 			p := make([]byte, 32)
 			if c.ReadAt(ctx, p, 0) == nil {
 				c.BlockStatus(ctx, 0, 512)
+				var sum int64
+				err := c.Status(ctx, ContextDepth, 0, 512, func(n int64, _ uint32) bool { sum += n; return n > 0 })
+				if err == nil && sum != 512 {
+					t.Fatalf("parts of %d bytes in all", sum)
+				}
 			}
 			c.Close()
 		}

@@ -26,8 +26,8 @@ var errEnd = errors.New("negotiation ended by the client")
 // negotiation is the state that options build up. STARTTLS resets it (N5).
 type negotiation struct {
 	structured bool
-	metaName   string    // the export that contexts were chosen for
-	contexts   []Context // chosen by SET_META_CONTEXT; the index is the id
+	metaName   string   // the export that contexts were chosen for
+	contexts   []string // chosen by SET_META_CONTEXT; the index is the id
 }
 
 // negotiate runs the handshake. When it returns nil, the connection is in the
@@ -294,17 +294,21 @@ func (c *conn) optionMeta(opt uint32, data []byte) error {
 	if !ok || len(req.queries) > maxQueries {
 		return c.replyError(opt, repInvalid, "malformed request for metadata contexts")
 	}
-	info, err := c.stat(req.name)
+	if _, err := c.stat(req.name); err != nil {
+		return c.replyFailure(opt, err)
+	}
+	all, err := c.contextsOf(req.name, req.queries, opt == optListMeta)
 	if err != nil {
 		return c.replyFailure(opt, err)
 	}
-	found := matchContexts(info.Contexts, req.queries, opt == optListMeta)
-	for i, x := range found {
+	found := matchContexts(all, req.queries, opt == optListMeta)
+	for i, name := range found {
 		id := uint32(0)
 		if opt == optSetMeta {
 			id = uint32(i)
 		}
-		if err := c.reply(opt, repMeta, append(binary.BigEndian.AppendUint32(nil, id), x.Name()...)); err != nil {
+		c.renewDeadline()
+		if err := c.reply(opt, repMeta, append(binary.BigEndian.AppendUint32(nil, id), name...)); err != nil {
 			return err
 		}
 	}
@@ -312,24 +316,6 @@ func (c *conn) optionMeta(opt uint32, data []byte) error {
 		c.neg.metaName, c.neg.contexts = req.name, found
 	}
 	return c.reply(opt, repAck, nil)
-}
-
-// matchContexts returns the contexts that the queries name, each once. When
-// listing, no query means all, and a query that ends in ":" means all that
-// begin with it.
-func matchContexts(extra []Context, queries []string, listing bool) []Context {
-	var found []Context
-	for _, x := range append([]Context{allocation{}}, extra...) {
-		match := listing && len(queries) == 0
-		for _, q := range queries {
-			match = match || q == x.Name() ||
-				listing && strings.HasSuffix(q, ":") && strings.HasPrefix(x.Name(), q)
-		}
-		if match && len(found) < maxQueries {
-			found = append(found, x)
-		}
-	}
-	return found
 }
 
 // stat describes an export.
@@ -371,7 +357,8 @@ func (c *conn) replyFailure(opt uint32, err error) error {
 	if ctxErr := c.ctx.Err(); ctxErr != nil {
 		err = fmt.Errorf("shut down: %w", atoll.ErrClosed)
 	}
-	return c.replyError(opt, optionError(err), err.Error())
+	rep := optionError(err)
+	return c.replyError(opt, rep, tagged(err, rep))
 }
 
 // replyError answers an option with an error and a text for people.

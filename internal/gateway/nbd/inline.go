@@ -52,7 +52,7 @@ func (p *pace) quick() bool { return p.credit.Load() >= quickRuns }
 
 // keeps reports whether the reader carries r out itself.
 func (c *conn) keeps(r *request) bool {
-	return r.typ <= cmdWrite && r.n <= inlineBytes && r.code == 0 && c.paces[r.typ].quick()
+	return r.typ <= cmdWrite && r.n <= inlineBytes && r.code == 0 && (c.paces[r.typ].quick() || c.lone.sure())
 }
 
 // hold begins something that may take longer than thought while its caller has

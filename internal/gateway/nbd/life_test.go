@@ -90,7 +90,7 @@ func TestLostConnectionStuck(t *testing.T) {
 	w.nc.Close()
 	eventually(t, "the server sees the loss", func() bool { return s.list()[0].isGone(m) })
 	_, err := Dial(t.Context(), uri, DialOptions{})
-	if !errors.Is(err, atoll.ErrDenied) || !strings.Contains(err.Error(), "lost connection") {
+	if !errors.Is(err, atoll.ErrBusy) || !strings.Contains(err.Error(), "lost connection") {
 		t.Error(err)
 	}
 	close(release)
@@ -468,7 +468,7 @@ func TestActivation(t *testing.T) {
 		if err != nil || len(ls) != 1 {
 			t.Fatal(ls, err)
 		}
-		sh := &shelf{disks: map[string]*nbdtest.Memory{"": nbdtest.NewMemory(4711)}, infos: map[string]Info{}}
+		sh := &shelf{disks: map[string]Device{"": nbdtest.NewMemory(4711)}, infos: map[string]Info{}}
 		s := Serve(Options{Listeners: ls, Exports: sh})
 		eventually(t, "a client", func() bool { return s.nextID.Load() > 0 })
 		eventually(t, "no client", func() bool { return len(s.Connections()) == 0 })
@@ -543,6 +543,61 @@ func TestInlineGivesWay(t *testing.T) {
 	close(release)
 	wg.Wait()
 	eventually(t, "the watchdog sleeps", func() bool { return !s.watching.Load() })
+}
+
+// A reader that carries out the requests of a client that has one at a time in
+// flight gives way when one hangs, and when the client changes its ways.
+func TestLoneGivesWay(t *testing.T) {
+	sh, m := newShelf("disk", 1<<20)
+	hung, release := make(chan struct{}), make(chan struct{})
+	m.Before = func(ctx context.Context, op string, off, n int64) error {
+		if off == 4096 {
+			close(hung)
+			<-release
+		}
+		return nil
+	}
+	s, uri := serveUnix(t, sh, "disk", Options{})
+	s.quick = -1 // the device never is
+	c := dial(t, uri, DialOptions{})
+	read := func(off int64) {
+		if err := c.ReadAt(t.Context(), make([]byte, 512), off); err != nil {
+			t.Error(err)
+		}
+	}
+	conn := s.list()[0]
+	alone := func() {
+		eventually(t, "the reader works itself", func() bool {
+			read(0)
+			return conn.lone.sure()
+		})
+	}
+	alone()
+	held := conn.held.Load()
+	read(0)
+	if conn.held.Load() == held {
+		t.Error("the reader passed the token on")
+	}
+	var wg sync.WaitGroup
+	wg.Go(func() { read(4096) })
+	<-hung
+	for range 100 {
+		read(0)
+	}
+	close(release)
+	wg.Wait()
+	alone()
+	eventually(t, "the reader passes the token on", func() bool {
+		for range 4 {
+			wg.Go(func() {
+				for range 25 {
+					read(0)
+				}
+			})
+		}
+		wg.Wait()
+		return !conn.lone.sure()
+	})
 }
 
 // A client that sends much and reads no reply for long is served all the same.

@@ -77,6 +77,14 @@ func (p *Pool) BlockStatus(ctx context.Context, off, n int64) ([]Extent, error) 
 	return p.pick().BlockStatus(ctx, off, n)
 }
 
+// Contexts is as of Client.
+func (p *Pool) Contexts(ctx context.Context) ([]string, error) { return p.clients[0].Contexts(ctx) }
+
+// Status is as of Client.
+func (p *Pool) Status(ctx context.Context, name string, off, n int64, fn func(n int64, flags uint32) bool) error {
+	return p.pick().Status(ctx, name, off, n, fn)
+}
+
 // Close closes all connections.
 func (p *Pool) Close() error {
 	var errs []error

@@ -139,9 +139,6 @@ const (
 	maxString      = 4096
 )
 
-// baseAllocation is the context that every export has.
-const baseAllocation = "base:allocation"
-
 // header is a request as it stands on the wire.
 type header struct {
 	flags, typ  uint16

@@ -180,13 +180,14 @@ func TestOptions(t *testing.T) {
 	w.closed()
 }
 
-// bitmap is a second context.
-type bitmap struct{}
+// striped is a device whose every other KiB has changed.
+type striped struct{ *nbdtest.Memory }
 
-var _ Context = bitmap{}
+func (striped) Contexts(context.Context) ([]string, error) {
+	return []string{"qemu:dirty-bitmap:since-x"}, nil
+}
 
-func (bitmap) Name() string { return "qemu:dirty-bitmap:since-x" }
-func (bitmap) Extents(_ context.Context, _ Device, off, n int64, fn func(int64, uint32) bool) error {
+func (striped) Status(_ context.Context, _ string, off, n int64, fn func(int64, uint32) bool) error {
 	for i := int64(0); i < n; i += 512 {
 		if !fn(512, uint32((off+i)/1024%2)) {
 			break
@@ -197,7 +198,7 @@ func (bitmap) Extents(_ context.Context, _ Device, off, n int64, fn func(int64, 
 
 func TestMetaContexts(t *testing.T) {
 	sh, m := newShelf("disk", 1<<20)
-	sh.add("disk", m, Info{Contexts: []Context{bitmap{}}})
+	sh.add("disk", striped{m}, Info{})
 	sh.add("other", nbdtest.NewMemory(4096), Info{})
 	_, uri := serveUnix(t, sh, "disk", Options{})
 	w := rawConn(t, uri, bothFlags)
@@ -341,7 +342,7 @@ func TestReadOnly(t *testing.T) {
 		c.call(t.Context(), header{typ: cmdTrim, n: 1}, nil, nil), c.call(t.Context(), header{typ: cmdZeroes, n: 1}, nil, nil),
 	} {
 		var se *ServerError
-		if !errors.As(err, &se) || se.Code != errnoPerm {
+		if !errors.As(err, &se) || se.Code != errnoPerm || !errors.Is(err, atoll.ErrReadOnly) || se.Text != "the export is read-only" {
 			t.Error(err)
 		}
 	}

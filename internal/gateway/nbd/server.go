@@ -74,6 +74,7 @@ type Server struct {
 	nextID   atomic.Uint64
 
 	quick     time.Duration // quickTime, but for tests
+	waiting   atomic.Int32  // connections whose thread waits for a request (lone.go)
 	watching  atomic.Bool   // the watchdog is awake (inline.go)
 	wakeWatch chan struct{} // wakes it
 

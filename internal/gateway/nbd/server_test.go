@@ -18,22 +18,26 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-var _ Device = (*nbdtest.Memory)(nil)
+var (
+	_ Device    = (*nbdtest.Memory)(nil)
+	_ Versioned = (*nbdtest.Disk)(nil)
+	_ Versioned = (*nbdtest.View)(nil)
+)
 
 // shelf is a set of exports in memory.
 type shelf struct {
 	mu    sync.Mutex
-	disks map[string]*nbdtest.Memory
+	disks map[string]Device
 	infos map[string]Info
 	open  int
 }
 
 func newShelf(name string, size int64) (*shelf, *nbdtest.Memory) {
 	m := nbdtest.NewMemory(size)
-	return &shelf{disks: map[string]*nbdtest.Memory{name: m}, infos: map[string]Info{}}, m
+	return &shelf{disks: map[string]Device{name: m}, infos: map[string]Info{}}, m
 }
 
-func (s *shelf) add(name string, m *nbdtest.Memory, info Info) {
+func (s *shelf) add(name string, m Device, info Info) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.disks[name], s.infos[name] = m, info
@@ -90,7 +94,10 @@ func serveUnix(t testing.TB, sh *shelf, name string, o Options) (*Server, string
 	if err != nil {
 		t.Fatal(err)
 	}
-	o.Listeners, o.Exports = append(o.Listeners, l), sh
+	o.Listeners = append(o.Listeners, l)
+	if o.Exports == nil {
+		o.Exports = sh
+	}
 	s := Serve(o)
 	t.Cleanup(func() {
 		s.Close()

@@ -173,6 +173,9 @@ const (
 	UserServiceUpdateUserProcedure = "/atoll.v1.UserService/UpdateUser"
 	// UserServiceDeleteUserProcedure is the fully-qualified name of the UserService's DeleteUser RPC.
 	UserServiceDeleteUserProcedure = "/atoll.v1.UserService/DeleteUser"
+	// UserServiceAuthenticateProcedure is the fully-qualified name of the UserService's Authenticate
+	// RPC.
+	UserServiceAuthenticateProcedure = "/atoll.v1.UserService/Authenticate"
 	// TaskServiceListTasksProcedure is the fully-qualified name of the TaskService's ListTasks RPC.
 	TaskServiceListTasksProcedure = "/atoll.v1.TaskService/ListTasks"
 	// TaskServiceGetTaskProcedure is the fully-qualified name of the TaskService's GetTask RPC.
@@ -1479,6 +1482,9 @@ type UserServiceClient interface {
 	ListUsers(context.Context, *connect.Request[atollv1.ListUsersRequest]) (*connect.Response[atollv1.ListUsersResponse], error)
 	UpdateUser(context.Context, *connect.Request[atollv1.UpdateUserRequest]) (*connect.Response[atollv1.User], error)
 	DeleteUser(context.Context, *connect.Request[atollv1.DeleteUserRequest]) (*connect.Response[atollv1.DeleteUserResponse], error)
+	// Authenticate proves a password. A user that is not recorded, or not strict
+	// and without a password, is NOT_EXIST: whether to trust it is up to the door.
+	Authenticate(context.Context, *connect.Request[atollv1.AuthenticateRequest]) (*connect.Response[atollv1.User], error)
 }
 
 // NewUserServiceClient constructs a client for the atoll.v1.UserService service. By default, it
@@ -1516,15 +1522,22 @@ func NewUserServiceClient(httpClient connect.HTTPClient, baseURL string, opts ..
 			connect.WithSchema(userServiceMethods.ByName("DeleteUser")),
 			connect.WithClientOptions(opts...),
 		),
+		authenticate: connect.NewClient[atollv1.AuthenticateRequest, atollv1.User](
+			httpClient,
+			baseURL+UserServiceAuthenticateProcedure,
+			connect.WithSchema(userServiceMethods.ByName("Authenticate")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
 // userServiceClient implements UserServiceClient.
 type userServiceClient struct {
-	createUser *connect.Client[atollv1.CreateUserRequest, atollv1.User]
-	listUsers  *connect.Client[atollv1.ListUsersRequest, atollv1.ListUsersResponse]
-	updateUser *connect.Client[atollv1.UpdateUserRequest, atollv1.User]
-	deleteUser *connect.Client[atollv1.DeleteUserRequest, atollv1.DeleteUserResponse]
+	createUser   *connect.Client[atollv1.CreateUserRequest, atollv1.User]
+	listUsers    *connect.Client[atollv1.ListUsersRequest, atollv1.ListUsersResponse]
+	updateUser   *connect.Client[atollv1.UpdateUserRequest, atollv1.User]
+	deleteUser   *connect.Client[atollv1.DeleteUserRequest, atollv1.DeleteUserResponse]
+	authenticate *connect.Client[atollv1.AuthenticateRequest, atollv1.User]
 }
 
 // CreateUser calls atoll.v1.UserService.CreateUser.
@@ -1547,12 +1560,20 @@ func (c *userServiceClient) DeleteUser(ctx context.Context, req *connect.Request
 	return c.deleteUser.CallUnary(ctx, req)
 }
 
+// Authenticate calls atoll.v1.UserService.Authenticate.
+func (c *userServiceClient) Authenticate(ctx context.Context, req *connect.Request[atollv1.AuthenticateRequest]) (*connect.Response[atollv1.User], error) {
+	return c.authenticate.CallUnary(ctx, req)
+}
+
 // UserServiceHandler is an implementation of the atoll.v1.UserService service.
 type UserServiceHandler interface {
 	CreateUser(context.Context, *connect.Request[atollv1.CreateUserRequest]) (*connect.Response[atollv1.User], error)
 	ListUsers(context.Context, *connect.Request[atollv1.ListUsersRequest]) (*connect.Response[atollv1.ListUsersResponse], error)
 	UpdateUser(context.Context, *connect.Request[atollv1.UpdateUserRequest]) (*connect.Response[atollv1.User], error)
 	DeleteUser(context.Context, *connect.Request[atollv1.DeleteUserRequest]) (*connect.Response[atollv1.DeleteUserResponse], error)
+	// Authenticate proves a password. A user that is not recorded, or not strict
+	// and without a password, is NOT_EXIST: whether to trust it is up to the door.
+	Authenticate(context.Context, *connect.Request[atollv1.AuthenticateRequest]) (*connect.Response[atollv1.User], error)
 }
 
 // NewUserServiceHandler builds an HTTP handler from the service implementation. It returns the path
@@ -1586,6 +1607,12 @@ func NewUserServiceHandler(svc UserServiceHandler, opts ...connect.HandlerOption
 		connect.WithSchema(userServiceMethods.ByName("DeleteUser")),
 		connect.WithHandlerOptions(opts...),
 	)
+	userServiceAuthenticateHandler := connect.NewUnaryHandler(
+		UserServiceAuthenticateProcedure,
+		svc.Authenticate,
+		connect.WithSchema(userServiceMethods.ByName("Authenticate")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/atoll.v1.UserService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case UserServiceCreateUserProcedure:
@@ -1596,6 +1623,8 @@ func NewUserServiceHandler(svc UserServiceHandler, opts ...connect.HandlerOption
 			userServiceUpdateUserHandler.ServeHTTP(w, r)
 		case UserServiceDeleteUserProcedure:
 			userServiceDeleteUserHandler.ServeHTTP(w, r)
+		case UserServiceAuthenticateProcedure:
+			userServiceAuthenticateHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -1619,6 +1648,10 @@ func (UnimplementedUserServiceHandler) UpdateUser(context.Context, *connect.Requ
 
 func (UnimplementedUserServiceHandler) DeleteUser(context.Context, *connect.Request[atollv1.DeleteUserRequest]) (*connect.Response[atollv1.DeleteUserResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.UserService.DeleteUser is not implemented"))
+}
+
+func (UnimplementedUserServiceHandler) Authenticate(context.Context, *connect.Request[atollv1.AuthenticateRequest]) (*connect.Response[atollv1.User], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.UserService.Authenticate is not implemented"))
 }
 
 // TaskServiceClient is a client for the atoll.v1.TaskService service.
