@@ -5,6 +5,9 @@
 // and only numbers of one run may be compared. Usage: make bench, or
 //
 //	go run ./bench -rounds 3 -seconds 5 -only randwrite
+//
+// Scenarios named "versions …" measure backup, clone, restore, export, import,
+// reclaim and the module for Python in the same way; -only versions runs these.
 package main
 
 import (
@@ -19,6 +22,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"sort"
 	"strconv"
 	"strings"
@@ -66,6 +70,7 @@ type bench struct {
 	seconds int
 	fio     string
 	procs   []*exec.Cmd
+	ports   []int // of the servers of Atoll
 }
 
 func main() {
@@ -76,10 +81,19 @@ func main() {
 	only := flag.String("only", "", "regular expression: workloads to run")
 	targets := flag.String("targets", "", "regular expression: targets to run")
 	atoll := flag.String("atoll", "bin/atoll", "the binary to measure")
+	scale := flag.Int64("scale", 1, "divide the sizes of the scenarios named versions")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	if err := run(ctx, *rounds, *seconds, *size, *dir, *only, *targets, *atoll); err != nil {
+	filter := regexp.MustCompile(*only)
+	var err error
+	if slices.ContainsFunc(workloads, func(w workload) bool { return filter.MatchString(w.name) }) {
+		err = run(ctx, *rounds, *seconds, *size, *dir, *only, *targets, *atoll)
+	}
+	if err == nil {
+		err = measureVersions(ctx, *atoll, *dir, *rounds, *seconds, *scale, filter)
+	}
+	if err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
@@ -208,12 +222,63 @@ func (b *bench) startAtoll(ctx context.Context, atoll, cache string) (target, er
 	args := func(volume string) []string {
 		return []string{"--ioengine=nbd", "--uri=nbd+unix:///" + volume + "?socket=" + filepath.Join(data, "nbd.sock")}
 	}
-	for _, volume := range volumes {
+	// The bare disk's file is written anew in place. What that is to a log, is to
+	// write again what was written, into the files of segments that became free;
+	// so there must be some, and the long volume is filled twice.
+	for _, volume := range append(volumes, "long") {
 		if out, err := exec.CommandContext(ctx, b.fio, append([]string{"--name=fill", "--size=" + b.size, "--rw=write", "--bs=1m", "--iodepth=8"}, args(volume)...)...).CombinedOutput(); err != nil {
 			return target{}, fmt.Errorf("fill the volume: %v\n%s", err, out)
 		}
 	}
+	b.ports = append(b.ports, port)
 	return target{name: "atoll " + cache, args: args("disk"), long: args("long"), pid: cmd.Process.Pid}, nil
+}
+
+// recycled waits until the segments that became free are ready for use again,
+// which is so after a grace time.
+func (b *bench) recycled(ctx context.Context, port int) error {
+	most, since := -1.0, time.Now()
+	for start := time.Now(); time.Since(start) < time.Minute; {
+		n, err := gauge(ctx, fmt.Sprintf("http://127.0.0.1:%d/metrics", port), "atoll_node_spare_slots")
+		if err != nil {
+			return err
+		}
+		if n > most {
+			most, since = n, time.Now()
+		}
+		if time.Since(start) > 25*time.Second && time.Since(since) > 5*time.Second {
+			break
+		}
+		select {
+		case <-time.After(time.Second):
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	return nil
+}
+
+// gauge returns the value of a metric, 0 if there is none of that name.
+func gauge(ctx context.Context, url, name string) (float64, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	if err != nil {
+		return 0, err
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return 0, err
+	}
+	defer resp.Body.Close()
+	text, err := io.ReadAll(resp.Body)
+	if err != nil {
+		return 0, err
+	}
+	for line := range strings.Lines(string(text)) {
+		if v, ok := strings.CutPrefix(line, name+" "); ok {
+			return strconv.ParseFloat(strings.TrimSpace(v), 64)
+		}
+	}
+	return 0, nil
 }
 
 // spawn starts a server that stop ends.
@@ -229,6 +294,11 @@ func (b *bench) spawn(ctx context.Context, name string, args ...string) (*exec.C
 
 // settle waits until the servers' sockets answer and the disk is quiet.
 func (b *bench) settle(ctx context.Context) error {
+	for _, port := range b.ports {
+		if err := b.recycled(ctx, port); err != nil {
+			return err
+		}
+	}
 	syscall.Sync()
 	select {
 	case <-time.After(3 * time.Second):

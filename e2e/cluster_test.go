@@ -2,6 +2,7 @@ package e2e_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 	"sync/atomic"
@@ -9,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/atollstore/atoll/internal/atoll"
 	"github.com/atollstore/atoll/internal/gateway/nbd"
 )
 
@@ -144,8 +146,14 @@ func TestCluster(t *testing.T) {
 		// What another gateway has open, this one leaves alone, and says who has it.
 		conn := dial(t, uri1)
 		defer conn.Close()
-		if r := g2.try("volume", "rm", "disk1", "--yes"); r.code != 6 || !strings.Contains(r.err, g1.api()) {
+		if r := g2.try("volume", "rm", "disk1", "--now", "--yes"); r.code != 6 || !strings.Contains(r.err, "1 NBD connections") {
 			t.Errorf("rm through another gateway: %+v", r)
+		}
+		if _, err := nbd.Dial(t.Context(), uri2, nbd.DialOptions{}); !errors.Is(err, atoll.ErrBusy) || !strings.Contains(err.Error(), g1.api()) {
+			t.Errorf("NBD through another gateway: %v", err)
+		}
+		if r := g2.try("volume", "bench", "disk1", "--duration", "100ms"); r.code != 0 && r.code != 6 {
+			t.Errorf("bench through another gateway: %+v", r)
 		}
 		if err := conn.WriteAt(t.Context(), make([]byte, blockSize), 0, true); err != nil {
 			t.Errorf("the owner after that: %v", err)

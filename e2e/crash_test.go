@@ -269,7 +269,7 @@ func TestAttach(t *testing.T) {
 	if r := s.try("volume", "attach", m.volume); r.code != 4 || !strings.Contains(r.err, m.at.Device) {
 		t.Errorf("attached twice: %+v", r)
 	}
-	if r := s.try("volume", "rm", m.volume, "--yes"); r.code != 6 {
+	if r := s.try("volume", "rm", m.volume, "--now", "--yes"); r.code != 6 {
 		t.Errorf("an attached volume is removed: %+v", r)
 	}
 	if err := os.WriteFile(filepath.Join(m.dir, "hello"), []byte("world"), 0o600); err != nil {

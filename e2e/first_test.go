@@ -72,7 +72,7 @@ func TestFirstSteps(t *testing.T) {
 	if out := s.atoll("volume", "rm", "disk1", "-n"); !strings.Contains(out, "would delete disk1") {
 		t.Errorf("rm -n says %q", out)
 	}
-	s.atoll("volume", "rm", "disk1", "--yes")
+	s.atoll("volume", "rm", "disk1", "--now", "--yes")
 	if out := s.atoll("volume", "ls", "-q"); strings.Contains(out, "disk1") {
 		t.Errorf("ls after rm:\n%s", out)
 	}
@@ -107,7 +107,7 @@ func TestBadCommands(t *testing.T) {
 		text string
 	}{
 		{"volume create x 0", 2, "no unit"},
-		{"volume create x 10", 2, `write 10G for GiB`},
+		{"volume create x 10", 2, `10G for GiB`},
 		{"volume create x 10Q", 2, `unknown unit "Q"`},
 		{"volume create x G", 2, "want a number"},
 		{"volume create x -- -5G", 2, "want a number"},
@@ -131,7 +131,7 @@ func TestBadCommands(t *testing.T) {
 		{"volume resize disk1 4097B", 2, "multiple of 4096"},
 		{"volume resize disk1 32M", 2, "--shrink"},
 		{"volume rm dosk1 --yes", 3, `did you mean "disk1"?`},
-		{"volume rm disk1", 2, "--yes"},
+		{"volume rm disk1 --now", 2, "--yes"},
 		{"volume rm", 2, "at least one volume"},
 		{"volume export nothing out.img", 3, "nothing"},
 		{"volume import /nowhere/x.img y", 3, "/nowhere/x.img"},

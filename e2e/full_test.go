@@ -99,7 +99,7 @@ func full(t *testing.T, s *server) {
 	check("full, after a restart")
 	begin := time.Now()
 	for {
-		r := s.try("volume", "rm", "second", "--yes")
+		r := s.try("volume", "rm", "second", "--now", "--yes")
 		if r.code == 0 {
 			break
 		}
