@@ -12,7 +12,7 @@ import (
 func ParseSize(s string) (int64, error) {
 	end := strings.IndexFunc(s, func(r rune) bool { return r != '.' && (r < '0' || r > '9') })
 	if end == 0 || s == "" {
-		return 0, fmt.Errorf("size %q: want a number with a unit, such as 10G: %w", s, ErrInvalid)
+		return 0, fmt.Errorf("size %q: want a number with a unit, such as 512M or 10G: %w", s, ErrInvalid)
 	}
 	if end < 0 {
 		return 0, fmt.Errorf("size %q has no unit: say %sG for GiB, or %sB for bytes: %w", s, s, s, ErrInvalid)
@@ -29,7 +29,7 @@ func ParseSize(s string) (int64, error) {
 	}
 	f, err := strconv.ParseFloat(s[:end], 64)
 	if err != nil {
-		return 0, fmt.Errorf("size %q: want a number with a unit, such as 10G: %w", s, ErrInvalid)
+		return 0, fmt.Errorf("size %q: want a number with a unit, such as 512M or 10G: %w", s, ErrInvalid)
 	}
 	if f*float64(unit) > 1<<62 {
 		return 0, fmt.Errorf("size %q: %w", s, ErrTooLarge)

@@ -104,7 +104,7 @@ func (n *Node) create(st state, reserve bool) error {
 	n.handles.release(n.handles.add(st.id, f))
 	if err := n.states.put(st, true); err != nil {
 		n.unreserve(st.size)
-		n.diskError()
+		n.diskFailed(err)
 		return err
 	}
 	s := &seg{id: st.id}
@@ -192,7 +192,7 @@ func (s *seg) noteLength() state {
 // putState makes a state durable.
 func (n *Node) putState(st state) error {
 	if err := n.states.put(st, true); err != nil {
-		n.diskError()
+		n.diskFailed(err)
 		return err
 	}
 	return nil
@@ -493,7 +493,7 @@ func (n *Node) remove(ctx context.Context, s *seg) error {
 	}
 	n.full.Store(false)
 	if err := n.slots.recycle(s.id, st); err != nil {
-		n.diskError()
+		n.diskFailed(err)
 		return fmt.Errorf("delete segment %v: %w", s.id, err)
 	}
 	return nil

@@ -409,6 +409,15 @@ func (n *Node) refuseWrites() error {
 	return nil
 }
 
+// diskFailed counts an error of the disk, or notes that it is full.
+func (n *Node) diskFailed(err error) {
+	if errors.Is(err, atoll.ErrNoSpace) {
+		n.full.Store(true)
+		return
+	}
+	n.diskError()
+}
+
 // diskError counts an error of the disk.
 func (n *Node) diskError() {
 	n.metrics.ioError()

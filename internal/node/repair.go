@@ -145,7 +145,7 @@ func (n *Node) writeRepair(s *seg, block atoll.BlockNo, p []byte) error {
 	defer buf.Release()
 	copy(buf.Bytes(), p)
 	if err := h.file.WriteVec([][]byte{buf.Bytes()}, block.Bytes(), true); err != nil {
-		n.diskError()
+		n.diskFailed(err)
 		return fmt.Errorf("repair segment %v at block %d: %w (%w)", s.id, block, atoll.ErrIO, err)
 	}
 	if err := n.readBlocks(s, block, buf.Bytes()); err != nil {

@@ -227,6 +227,7 @@ func (s *slots) loop() {
 		case <-timer.C:
 		case <-tick.C:
 			s.n.shrinkAll()
+			s.n.lookForRoom()
 			s.trim()
 			continue
 		}

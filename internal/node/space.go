@@ -116,3 +116,11 @@ func (n *Node) unreserveBytes(size int64) {
 	n.mu.used -= size
 	n.mu.Unlock()
 }
+
+// lookForRoom lets a node that met a full disk try again once the disk says that
+// it has room: others may have freed it.
+func (n *Node) lookForRoom() {
+	if n.full.Load() && n.roomFor(slotBytes, atoll.HighWaterPercent) == nil {
+		n.full.Store(false)
+	}
+}

@@ -273,12 +273,25 @@ func (l *stateLog) flush(flags uint8) error {
 	blocks := len(buf.Bytes()) / atoll.BlockSize
 	err := l.file.WriteVec([][]byte{buf.Bytes()}, int64(l.next)*atoll.BlockSize, true)
 	if err != nil {
-		l.err = fmt.Errorf("write states: %w", err)
-		return l.err
+		return l.failed(fmt.Errorf("write states: %w", err), list)
 	}
 	l.next += blocks
 	l.durable, l.synced = upto, l.next
 	return nil
+}
+
+// failed takes note of an error; list was to be written. Want of space passes:
+// list waits for the next flush, which writes the same blocks again. Anything
+// else is for ever (S6).
+func (l *stateLog) failed(err error, list []state) error {
+	if !errors.Is(err, atoll.ErrNoSpace) {
+		l.err = err
+		return err
+	}
+	l.mu.Lock()
+	l.mu.pending = append(list, l.mu.pending...)
+	l.mu.Unlock()
+	return err
 }
 
 // encode fills p with blocks that follow the file's end.
@@ -302,13 +315,19 @@ func (l *stateLog) compact() error {
 	for _, st := range l.mu.all {
 		list = append(list, st)
 	}
-	upto := l.mu.queued
+	upto, pending := l.mu.queued, l.mu.pending
 	l.mu.pending = nil
 	l.mu.Unlock()
 	slices.SortFunc(list, func(a, b state) int { return compareIDs(a.id, b.id) })
+	gen, next, synced, limit, file := l.gen, l.next, l.synced, l.limit, l.file
 	if err := l.replace(list); err != nil {
-		l.err = fmt.Errorf("write states anew: %w", err)
-		return l.err
+		err = fmt.Errorf("write states anew: %w", err)
+		if l.file != file { // half replaced
+			l.err = err
+			return err
+		}
+		l.gen, l.next, l.synced, l.limit = gen, next, synced, limit
+		return l.failed(err, pending)
 	}
 	l.durable = upto
 	return nil
