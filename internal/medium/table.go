@@ -300,7 +300,7 @@ func (t *table) spread() map[atoll.Ordinal]int32 {
 }
 
 // likely returns how many blocks of a segment's bytes are in use, if of those
-// that were moved as large a part died here as elsewhere. held is the bound.
+// that were moved as large a part died here as elsewhere.
 func (t *table) likely(o atoll.Ordinal, s *slot, total map[atoll.Ordinal]int32) (n atoll.BlockNo) {
 	if st, _, _ := s.get(); st != stateVirtual {
 		n = atoll.BlockNo(max(s.live.Load(), s.saved))
@@ -308,18 +308,6 @@ func (t *table) likely(o atoll.Ordinal, s *slot, total map[atoll.Ordinal]int32) 
 	for from, moved := range t.moved[o] {
 		live := int64(max(t.at(from).live.Load(), t.at(from).saved))
 		n += atoll.BlockNo(min(int64(moved), (live*int64(moved)+int64(total[from])-1)/int64(max(total[from], 1))))
-	}
-	return n
-}
-
-// held returns how many blocks of a segment's bytes may be in use: its own, if
-// it was not compacted, and those moved into it.
-func (t *table) held(o atoll.Ordinal, s *slot) (n atoll.BlockNo) {
-	if st, _, _ := s.get(); st != stateVirtual {
-		n = atoll.BlockNo(max(s.live.Load(), s.saved))
-	}
-	for from, moved := range t.moved[o] {
-		n += atoll.BlockNo(min(moved, max(t.at(from).live.Load(), t.at(from).saved)))
 	}
 	return n
 }

@@ -103,7 +103,9 @@ func (v *View) open(ctx context.Context, spec VersionSpec) error {
 		if err != nil && !errors.Is(err, atoll.ErrNotExist) {
 			return err
 		}
-		k, err = v.from.current(ctx) // gone since: "last" may mean another now
+		if k, err = v.from.current(ctx); err != nil { // gone since: "last" may mean another now
+			return err
+		}
 	}
 	return fmt.Errorf("it keeps changing: %w", atoll.ErrConflict)
 }

@@ -326,7 +326,7 @@ func (v *Volume) compactor() {
 			return
 		}
 		used := v.gauge()
-		if time.Now().Before(next) && (used < hurryUsed || next.Sub(time.Now()) <= soonRest) {
+		if time.Now().Before(next) && (used < hurryUsed || time.Until(next) <= soonRest) {
 			timer.Reset(time.Until(next))
 			continue
 		}
