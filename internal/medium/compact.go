@@ -46,8 +46,10 @@ type Run struct {
 
 // compaction is what Move adds to a manifest.
 type compaction struct {
-	from   atoll.Ordinal
+	from   []atoll.Ordinal
 	remaps map[atoll.Ordinal]*remap // of every segment that has or had blocks there
+	seg    atoll.SegmentID          // coded segment that they went to, if coded is set
+	coded  *entry
 }
 
 // Pays returns the part of a segment that must be dead for compaction to pay, at
@@ -135,7 +137,8 @@ func (m *Medium) Pressure() float64 {
 	if len(list) == 0 {
 		return 0
 	}
-	copies := min(len(list), max(m.Info().Policy.Replicas, 1))
+	policy := m.Info().Policy
+	copies := min(len(list), max(policy.Replicas, policy.Data+policy.Parity, 1))
 	grown := m.grown(seen) * int64(copies) / int64(len(list))
 	full := make([]float64, len(list))
 	for i, r := range list {
@@ -171,39 +174,43 @@ func fullness(r catalog.NodeReport) float64 {
 	return min(max(f, 0), 1)
 }
 
-// victim returns a segment's id and length if it can be compacted: sealed before
+// victim returns where a segment is and its length if it can be compacted: sealed before
 // the mark and not compacted yet.
-func (m *Medium) victim(o atoll.Ordinal) (seg atoll.SegmentID, length atoll.BlockNo, err error) {
+func (m *Medium) victim(o atoll.Ordinal) (from body, length atoll.BlockNo, err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	s := m.table.at(o)
 	if s == nil {
-		return seg, 0, fmt.Errorf("compact segment %d of medium %v: %w", o, m.id, atoll.ErrNotExist)
+		return from, 0, fmt.Errorf("compact segment %d of medium %v: %w", o, m.id, atoll.ErrNotExist)
 	}
-	st, lane, copyset := s.get()
+	st, lane, _ := s.get()
 	switch {
 	case st != stateLive:
-		return seg, 0, fmt.Errorf("compact segment %d of medium %v: it is in state %d: %w", o, m.id, st, atoll.ErrNotExist)
+		return from, 0, fmt.Errorf("compact segment %d of medium %v: it is in state %d: %w", o, m.id, st, atoll.ErrNotExist)
 	case !m.before(&m.mu.man.Mark, lane, o):
-		return seg, 0, fmt.Errorf("compact segment %d of medium %v: it is newer than the mark: %w", o, m.id, atoll.ErrBusy)
+		return from, 0, fmt.Errorf("compact segment %d of medium %v: it is newer than the mark: %w", o, m.id, atoll.ErrBusy)
 	}
-	return atoll.SegmentID{Medium: m.id, Ordinal: o, Copyset: copyset}, s.length, nil
+	return s.body(m.id, o), s.length, nil
 }
 
 // Placed calls fn for the records of kinds that lie in the bytes of segment o,
 // which must be one that Victims may return, in the order of their places. A
 // record of which pieces have different logical places is told in pieces. What
 // was moved into o and has no place any more is told as if it were o's own, at a
-// place that no index names. It reads batch headers only.
+// place that no index names. It reads batch headers only, or the index of a coded
+// segment.
 func (m *Medium) Placed(ctx context.Context, o atoll.Ordinal, fn func(Placed) error) error {
 	if err := m.check(); err != nil {
 		return err
 	}
-	seg, length, err := m.victim(o)
+	from, length, err := m.victim(o)
 	if err != nil {
 		return err
 	}
-	back := m.inverse(o)
+	back, seg := m.inverse(o), from.seg
+	if from.shape.IsCoded() {
+		return m.placedCoded(ctx, from, back, fn)
+	}
 	err = m.opts.Nodes.Headers(ctx, seg, 0, length, func(h segment.Header) error {
 		if h.Next() > length {
 			return fmt.Errorf("batch of segment %v ends at %d of %d: %w", seg, h.Next(), length, atoll.ErrCorrupt)
@@ -222,6 +229,21 @@ func (m *Medium) Placed(ctx context.Context, o atoll.Ordinal, fn func(Placed) er
 	})
 	if err != nil {
 		return fmt.Errorf("look at segment %v: %w", seg, err)
+	}
+	return nil
+}
+
+// placedCoded is Placed for a coded segment.
+func (m *Medium) placedCoded(ctx context.Context, from body, back []place, fn func(Placed) error) error {
+	recs, at, err := m.readIndex(ctx, from)
+	if err != nil {
+		return fmt.Errorf("look at segment %v: %w", from.seg, err)
+	}
+	for _, rec := range recs {
+		if err := eachPiece(from.seg.Ordinal, rec, at, back, fn); err != nil {
+			return fmt.Errorf("look at segment %v: %w", from.seg, err)
+		}
+		at += atoll.BlockNo(rec.Blocks)
 	}
 	return nil
 }
@@ -294,26 +316,36 @@ func (m *Medium) Move(ctx context.Context, o atoll.Ordinal, live []Run) error {
 		return fmt.Errorf("compact segment %d of medium %v: %w", o, m.id, err)
 	}
 	defer func() { <-m.moves }()
-	seg, length, err := m.victim(o)
+	c, err := m.copier(o, live)
 	if err != nil {
 		return err
 	}
 	m.setMoving(max(lowest(m.own.head(), catalog.Bulk), 1))
 	defer m.setMoving(0)
-	c := copier{m: m, from: seg, length: length, moves: map[atoll.Ordinal][]move{}}
-	if err := c.plan(live); err != nil {
-		return fmt.Errorf("compact segment %v: %w", seg, err)
-	}
 	if err := c.copy(ctx); err != nil {
-		return fmt.Errorf("compact segment %v: %w", seg, m.note(err))
+		return fmt.Errorf("compact segment %v: %w", c.from.seg, m.note(err))
 	}
-	if err := m.writeManifest(ctx, &checkpoint{moved: &compaction{o, c.remaps()}}); err != nil {
+	from := []atoll.Ordinal{o}
+	if err := m.writeManifest(ctx, &checkpoint{moved: &compaction{from: from, remaps: m.remapped(from, c.moves)}}); err != nil {
 		return err
 	}
 	m.copied.Add(c.bytes)
 	m.metrics.moved(c.bytes)
-	m.log.Debug("segment compacted", "medium", m.id, "seg", seg, "len", length, "live", c.bytes/atoll.BlockSize)
+	m.log.Debug("segment compacted", "medium", m.id, "seg", c.from.seg, "len", c.length, "live", c.bytes/atoll.BlockSize)
 	return nil
+}
+
+// copier plans the copying of what lives in a segment.
+func (m *Medium) copier(o atoll.Ordinal, live []Run) (*copier, error) {
+	from, length, err := m.victim(o)
+	if err != nil {
+		return nil, err
+	}
+	c := &copier{m: m, from: from, length: length, moves: map[atoll.Ordinal][]move{}}
+	if err := c.plan(live); err != nil {
+		return nil, fmt.Errorf("compact segment %v: %w", from.seg, err)
+	}
+	return c, nil
 }
 
 // setMoving says from which ordinal on bulk segments may hold copies that no
@@ -327,7 +359,7 @@ func (m *Medium) setMoving(o atoll.Ordinal) {
 // copier copies what lives in one segment.
 type copier struct {
 	m      *Medium
-	from   atoll.SegmentID
+	from   body
 	length atoll.BlockNo
 	runs   []Run
 	pieces [][]piece // of each run
@@ -362,7 +394,7 @@ func (c *copier) plan(live []Run) error {
 
 // find returns where in the segment a run lies.
 func (c *copier) find(r Run) (list []piece, err error) {
-	if r.Ordinal == c.from.Ordinal {
+	if r.Ordinal == c.from.seg.Ordinal {
 		if r.Block+r.Blocks > c.length {
 			return nil, fmt.Errorf("run %+v in a segment of %d blocks: %w", r, c.length, atoll.ErrInvalid)
 		}
@@ -375,7 +407,7 @@ func (c *copier) find(r Run) (list []piece, err error) {
 	for b, left := r.Block, r.Blocks; left > 0; {
 		o, at, n, ok := s.remap.Load().find(b)
 		n = min(n, left)
-		if !ok || o != c.from.Ordinal || at+n > c.length {
+		if !ok || o != c.from.seg.Ordinal || at+n > c.length {
 			return nil, fmt.Errorf("run %+v: block %d is not here: %w", r, b, atoll.ErrInvalid)
 		}
 		list, b, left = append(list, piece{at, n}), b+n, left-n
@@ -466,14 +498,14 @@ func (c *copier) read(ctx context.Context, pieces []piece, dst []byte) error {
 			end, used, j = pieces[j].at+pieces[j].blocks, used+pieces[j].blocks, j+1
 		}
 		if used == end-first {
-			if err := c.m.opts.Nodes.Read(ctx, c.from, first, dst[:used.Bytes()]); err != nil {
+			if err := c.from.read(ctx, c.m.opts.Nodes, first, dst[:used.Bytes()]); err != nil {
 				return err
 			}
 			dst, i = dst[used.Bytes():], j
 			continue
 		}
 		p := scratch.Bytes()[:(end - first).Bytes()]
-		if err := c.m.opts.Nodes.Read(ctx, c.from, first, p); err != nil {
+		if err := c.from.read(ctx, c.m.opts.Nodes, first, p); err != nil {
 			return err
 		}
 		for ; i < j; i++ {
@@ -483,26 +515,29 @@ func (c *copier) read(ctx context.Context, pieces []piece, dst []byte) error {
 	return nil
 }
 
-// remaps returns the new remaps of all segments that had blocks in the one that
-// was emptied.
-func (c *copier) remaps() map[atoll.Ordinal]*remap {
-	c.m.mu.Lock()
-	old := map[atoll.Ordinal]*remap{c.from.Ordinal: nil}
-	for q := range c.m.table.moved[c.from.Ordinal] {
-		old[q] = c.m.table.at(q).remap.Load()
+// remapped returns the new remaps of all segments that had blocks in those that
+// were emptied. moves tells where the blocks went.
+func (m *Medium) remapped(from []atoll.Ordinal, moves map[atoll.Ordinal][]move) map[atoll.Ordinal]*remap {
+	m.mu.Lock()
+	old := map[atoll.Ordinal]*remap{}
+	for _, o := range from {
+		old[o] = nil
+		for q := range m.table.moved[o] {
+			old[q] = m.table.at(q).remap.Load()
+		}
 	}
-	c.m.mu.Unlock()
+	m.mu.Unlock()
 	list := map[atoll.Ordinal]*remap{}
 	for q, r := range old {
-		moves := c.moves[q]
+		moves := moves[q]
 		if r != nil {
 			for _, v := range r.moves() {
-				if v.Ordinal != c.from.Ordinal {
+				if !slices.Contains(from, v.Ordinal) {
 					moves = append(moves, v)
 				}
 			}
 		}
-		list[q] = newRemap(c.m.id, q, moves)
+		list[q] = newRemap(m.id, q, moves)
 	}
 	return list
 }

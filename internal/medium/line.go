@@ -226,7 +226,8 @@ func (f *foreign) readAs(ctx context.Context, k *known, o atoll.Ordinal, block a
 		if !ok {
 			return fmt.Errorf("read block %d of compacted segment %d of medium %v: %w", block, o, f.id, atoll.ErrNotExist)
 		}
-		if err := f.opts.Nodes.Read(ctx, atoll.SegmentID{Medium: f.id, Ordinal: to, Copyset: k.entry(to).Copyset}, at, dst[:n]); err != nil {
+		e := k.entry(to)
+		if err := e.body(f.id, to).read(ctx, f.opts.Nodes, at, dst[:n]); err != nil {
 			return err
 		}
 		dst, block = dst[n:], block+atoll.BlockNo(n/atoll.BlockSize)

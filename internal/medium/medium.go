@@ -257,21 +257,22 @@ func (m *Medium) read(ctx context.Context, o atoll.Ordinal, info uint64, r *rema
 	if st == stateNone || st == stateGone {
 		return fmt.Errorf("read segment %d of medium %v: %w", o, m.id, atoll.ErrNotExist)
 	}
+	own := body{seg: atoll.SegmentID{Medium: m.id, Ordinal: o, Copyset: copyset}}
 	if r == nil {
-		return m.opts.Nodes.Read(ctx, atoll.SegmentID{Medium: m.id, Ordinal: o, Copyset: copyset}, block, dst)
+		return own.read(ctx, m.opts.Nodes, block, dst)
 	}
 	for len(dst) > 0 {
 		to, at, run, ok := r.find(block)
 		n := min(len(dst), int(run)*atoll.BlockSize)
-		seg := atoll.SegmentID{Medium: m.id, Ordinal: to}
+		from := own
 		if s := m.table.at(to); ok && s != nil {
-			_, _, seg.Copyset = s.get()
+			from = s.body(m.id, to)
 		} else if ok || st == stateVirtual {
 			return fmt.Errorf("read block %d of compacted segment %d of medium %v: %w", block, o, m.id, atoll.ErrNotExist)
 		} else {
-			seg, at = atoll.SegmentID{Medium: m.id, Ordinal: o, Copyset: copyset}, block
+			at = block
 		}
-		if err := m.opts.Nodes.Read(ctx, seg, at, dst[:n]); err != nil {
+		if err := from.read(ctx, m.opts.Nodes, at, dst[:n]); err != nil {
 			return err
 		}
 		dst, block = dst[n:], block+atoll.BlockNo(n/atoll.BlockSize)
