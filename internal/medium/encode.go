@@ -358,18 +358,58 @@ func recoverUnsealed(ctx context.Context, nodes *stream.Nodes, h catalog.Head) (
 // says, were sealed before the mark and are not held by the kind. Some part of
 // everything may stay as it is, so that not every little one becomes a coded
 // segment of its own; it returns nothing then, and nothing when the policy has no
-// code. waiting is how many bytes of segments only a newer mark would let encode,
+// code. late is how many bytes are in segments that only a newer mark lets encode,
 // if that is worth a checkpoint.
-func (m *Medium) Uncoded() (list []Victim, waiting int64) {
-	policy := m.Info().Policy
-	if !policy.IsCoded() {
-		return nil, 0
+func (m *Medium) Uncoded() (list []Victim, late int64) {
+	u := m.uncoded()
+	if !u.full && u.sum < u.least {
+		u.list = nil
+	}
+	if u.sum+u.late <= u.least {
+		u.late = 0
+	}
+	return u.list, u.late.Bytes()
+}
+
+// Recoding reports whether there are segments, or will be as soon as they are
+// sealed, that are to be brought into the form that the policy asks for.
+func (m *Medium) Recoding() bool {
+	if len(m.Miscoded(1)) > 0 {
+		return true
+	}
+	u := m.uncoded()
+	for i := range m.lanes {
+		if w := m.lanes[i].w.Load(); w != nil {
+			if t, ok := w.Tail(); ok && unsealedOrdinal(m.own.head(), t.Ordinal) {
+				u.late += t.Block
+			}
+		}
+	}
+	return u.full || u.sum+u.late > u.least
+}
+
+func unsealedOrdinal(h catalog.Head, o atoll.Ordinal) bool {
+	return slices.ContainsFunc(h.Unsealed, func(u catalog.Unsealed) bool { return u.Seg.Ordinal == o })
+}
+
+// uncoded is what there is to encode.
+type uncoded struct {
+	list  []Victim
+	sum   atoll.BlockNo // that live in these
+	full  bool          // there are more than fit in one coded segment
+	late  atoll.BlockNo // in segments that were sealed after the mark
+	least atoll.BlockNo // from which on it is worth it
+}
+
+func (m *Medium) uncoded() (u uncoded) {
+	code := m.Info().Policy.Code()
+	if code.Data == 0 {
+		return u
 	}
 	room := m.codeRoom()
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	var sum, late, all atoll.BlockNo
-	full := false
+	all := atoll.BlockNo(0)
 	total, usual := m.table.spread(), m.usual()
 	m.table.each(func(o atoll.Ordinal, s *slot) {
 		st, lane, _ := s.get()
@@ -378,33 +418,20 @@ func (m *Medium) Uncoded() (list []Victim, waiting int64) {
 		}
 		live := min(m.table.likely(o, s, total), s.length)
 		all += live
-		if s.code() == policy.Code() || live == 0 {
-			return
+		switch {
+		case s.code() == code:
+		case !m.before(&m.mu.man.Mark, lane, o):
+			u.late += s.length
+		case live == 0 || u.full:
+		default:
+			if v, ok := m.judge(o, s, usual, total); !ok {
+			} else if u.full = len(u.list) > 0 && u.sum+live > room; !u.full {
+				u.sum, u.list = u.sum+live, append(u.list, v)
+			}
 		}
-		if !m.before(&m.mu.man.Mark, lane, o) {
-			late += live
-			return
-		}
-		v, ok := m.judge(o, s, usual, total)
-		if !ok || full {
-			return
-		}
-		if len(list) > 0 && sum+live > room {
-			full = true
-			return
-		}
-		sum += live
-		list = append(list, v)
 	})
-	// A share of everything, and of a segment, is not worth it.
-	least := min(max(all/uncodedShare, usual/uncodedShare), room/2)
-	if !full && sum < least {
-		list = nil
-	}
-	if sum+late > least {
-		waiting = late.Bytes()
-	}
-	return list, waiting
+	u.least = min(max(all/uncodedShare, usual/uncodedShare), room/2)
+	return u
 }
 
 // uncodedShare is the part of a medium that may stay uncoded.

@@ -37,8 +37,8 @@ type contents struct {
 	data, leaves, nodes []placed
 }
 
-// compact moves what is live in a segment elsewhere.
-func (v *Volume) compact(ctx context.Context, o atoll.Ordinal) error {
+// compact moves what is live in segments elsewhere.
+func (v *Volume) compact(ctx context.Context, from ...atoll.Ordinal) error {
 	for range compactTries {
 		if err := v.Settled(ctx); err != nil {
 			return err
@@ -54,12 +54,12 @@ func (v *Volume) compact(ctx context.Context, o atoll.Ordinal) error {
 		if !quiet {
 			continue
 		}
-		runs, err := v.liveRuns(ctx, o)
+		cargo, err := v.cargo(ctx, from)
 		if err == errEra {
 			continue
 		}
 		if err != nil {
-			return fmt.Errorf("compact segment %d of volume %v: %w", o, v.id, err)
+			return fmt.Errorf("compact segments %v of volume %v: %w", from, v.id, err)
 		}
 		v.hist.mu.Lock()
 		same := v.hist.count == count
@@ -69,11 +69,23 @@ func (v *Volume) compact(ctx context.Context, o atoll.Ordinal) error {
 		}
 		// What is dead now is so for ever. What died since may be unknown to
 		// the medium already.
-		if err := v.store.Move(ctx, o, runs); !errors.Is(err, atoll.ErrInvalid) {
+		if err := v.move(ctx, cargo); !errors.Is(err, atoll.ErrInvalid) {
 			return err
 		}
 	}
-	return fmt.Errorf("compact segment %d of volume %v: versions came and went meanwhile: %w", o, v.id, atoll.ErrBusy)
+	return fmt.Errorf("compact segments %v of volume %v: versions came and went meanwhile: %w", from, v.id, atoll.ErrBusy)
+}
+
+// cargo finds what is live in segments.
+func (v *Volume) cargo(ctx context.Context, from []atoll.Ordinal) (list []medium.Cargo, err error) {
+	for _, o := range from {
+		runs, err := v.liveRuns(ctx, o)
+		if err != nil {
+			return nil, err
+		}
+		list = append(list, medium.Cargo{Ordinal: o, Live: runs})
+	}
+	return list, nil
 }
 
 // liveRuns finds what is live in a segment. A piece that was born at x can be in
@@ -299,6 +311,7 @@ type reclaimer struct {
 	urgent atomic.Bool
 	short  atomic.Bool  // an append found no space
 	logged atomic.Int64 // bytes since the pressure was looked at
+	late   int64        // what a newer mark would let encode, at the last look; the compactor's
 }
 
 func (r *reclaimer) init() {
@@ -331,6 +344,9 @@ func (v *Volume) compactor() {
 			continue
 		}
 		rest := v.compactOne(v.ctx, used)
+		if rest >= easyRest && used < hurryUsed {
+			rest = v.recode(v.ctx)
+		}
 		next = time.Now().Add(rest)
 		timer.Reset(rest)
 	}

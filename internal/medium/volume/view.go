@@ -52,6 +52,9 @@ func (s viewStore) NewEntry() Entry                                         { re
 func (s viewStore) Submit(context.Context, catalog.Lane, Entry) error       { return s.readOnly() }
 func (s viewStore) Victims(int) []medium.Victim                             { return nil }
 func (s viewStore) Move(context.Context, atoll.Ordinal, []medium.Run) error { return s.readOnly() }
+func (s viewStore) Uncoded() ([]medium.Victim, int64)                       { return nil, 0 }
+func (s viewStore) Miscoded(int) []medium.Victim                            { return nil }
+func (s viewStore) Encode(context.Context, []medium.Cargo) (int, error)     { return 0, s.readOnly() }
 func (s viewStore) Pressure() float64                                       { return 0 }
 func (s viewStore) Reclaimable() int64                                      { return 0 }
 func (s viewStore) Waiting() int64                                          { return 0 }
