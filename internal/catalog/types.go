@@ -159,6 +159,29 @@ func (p Policy) IsCoded() bool { return p.Data != 0 }
 // Code returns the code that a policy asks for.
 func (p Policy) Code() Code { return Code{p.Data, p.Parity} }
 
+// Redundancy returns the policy in words: "replicas=3" or "ec=4+2".
+func (p Policy) Redundancy() string {
+	if p.IsCoded() {
+		return "ec=" + p.Code().String()
+	}
+	return fmt.Sprintf("replicas=%d", p.Replicas)
+}
+
+// ParseRedundancy is the inverse of Policy.Redundancy. A coded medium keeps what
+// is not encoded yet in as many copies as survive the same losses. ErrInvalid.
+func ParseRedundancy(s string) (Policy, error) {
+	if n, ok := strings.CutPrefix(s, "replicas="); ok {
+		if n, err := strconv.Atoi(n); err == nil && n >= 1 && n <= atoll.MaxCopies {
+			return Policy{Replicas: n}, nil
+		}
+	}
+	if text, ok := strings.CutPrefix(s, "ec="); ok {
+		c, err := ParseCode(text)
+		return Policy{Replicas: min(c.Parity+1, atoll.MaxCopies), Data: c.Data, Parity: c.Parity}, err
+	}
+	return Policy{}, fmt.Errorf("redundancy %q: want replicas=N, N from 1 to %d, or ec=K+M as in ec=4+2: %w", s, atoll.MaxCopies, atoll.ErrInvalid)
+}
+
 // Code is an erasure code: how many shards of data, and how many of parity.
 type Code struct{ Data, Parity int }
 

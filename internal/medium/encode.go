@@ -374,8 +374,8 @@ func (m *Medium) Uncoded() (list []Victim, late int64) {
 // Recoding reports whether there are segments, or will be as soon as they are
 // sealed, that are to be brought into the form that the policy asks for.
 func (m *Medium) Recoding() bool {
-	if len(m.Miscoded(1)) > 0 {
-		return true
+	if bad := len(m.Miscoded(1)) > 0; bad || !m.Info().Policy.IsCoded() {
+		return bad
 	}
 	u := m.uncoded()
 	for i := range m.lanes {

@@ -310,6 +310,7 @@ type reclaimer struct {
 	// urgent: space is short, so that checkpoints are written sooner.
 	urgent atomic.Bool
 	short  atomic.Bool  // an append found no space
+	now    atomic.Bool  // somebody asked not to rest
 	logged atomic.Int64 // bytes since the pressure was looked at
 	late   int64        // what a newer mark would let encode, at the last look; the compactor's
 }
@@ -317,6 +318,12 @@ type reclaimer struct {
 func (r *reclaimer) init() {
 	r.reap, r.kick = make(chan struct{}, 1), make(chan struct{}, 1)
 	r.delay.init()
+}
+
+// Reclaim has the volume look now for what to compact or encode, rested or not.
+func (v *Volume) Reclaim() {
+	v.reclaim.now.Store(true)
+	v.kickReclaim()
 }
 
 func (v *Volume) kickReclaim() {
@@ -339,7 +346,7 @@ func (v *Volume) compactor() {
 			return
 		}
 		used := v.gauge()
-		if time.Now().Before(next) && (used < hurryUsed || time.Until(next) <= soonRest) {
+		if now := v.reclaim.now.Swap(false); !now && time.Now().Before(next) && (used < hurryUsed || time.Until(next) <= soonRest) {
 			timer.Reset(time.Until(next))
 			continue
 		}
