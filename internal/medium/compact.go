@@ -465,8 +465,9 @@ func (c *copier) copy(ctx context.Context) error {
 // entry fills an entry with the runs from number at on, as many as fit, and
 // returns the number of the next.
 func (c *copier) entry(ctx context.Context, e *stream.Entry, at int) (int, error) {
-	next, blocks := at, 0
-	for next < len(c.runs) && segment.Fits(next-at+1, blocks+int(c.runs[next].Blocks)) {
+	next, blocks, most := at, 0, int(c.m.usual())/2 // what comes from a coded segment may be longer than a segment
+	for next < len(c.runs) && segment.Fits(next-at+1, blocks+int(c.runs[next].Blocks)) &&
+		(next == at || blocks+int(c.runs[next].Blocks) <= most) {
 		blocks += int(c.runs[next].Blocks)
 		next++
 	}

@@ -51,14 +51,14 @@ func (r *codedReader) read(ctx context.Context, shard int, at atoll.BlockNo, dst
 	n := r.n
 	p, err := n.peer(r.ids[shard])
 	if err != nil || n.suspected(p.id) {
-		return r.rebuild(ctx, shard, at, dst, readTally{}.with(err), nil)
+		return r.rebuild(ctx, shard, at, dst, readTally{}, nil, err == nil)
 	}
 	if p.local && !p.load.slow(n.epoch) {
 		err := n.readShard(ctx, p, r, shard, at, dst)
 		if err == nil {
 			return nil
 		}
-		return r.rebuild(ctx, shard, at, dst, readTally{}.with(err), nil)
+		return r.rebuild(ctx, shard, at, dst, readTally{}.with(err), nil, false)
 	}
 	own := make(chan shardAnswer, 1)
 	n.wg.Go(func() { own <- r.readOwn(ctx, p, shard, at, len(dst)) })
@@ -71,12 +71,12 @@ func (r *codedReader) read(ctx context.Context, shard int, at atoll.BlockNo, dst
 			a.buf.Release()
 			return nil
 		}
-		return r.rebuild(ctx, shard, at, dst, readTally{}.with(a.err), nil)
+		return r.rebuild(ctx, shard, at, dst, readTally{}.with(a.err), nil, false)
 	case <-timer.C:
 		if n.metrics != nil {
 			n.metrics.hedges.Inc()
 		}
-		return r.rebuild(ctx, shard, at, dst, readTally{}, own)
+		return r.rebuild(ctx, shard, at, dst, readTally{}, own, false)
 	case <-ctx.Done():
 		n.drop(own)
 		return fmt.Errorf("read segment %v block %d: %w: %w", r.seg, at, atoll.ErrTimeout, ctx.Err())
@@ -138,12 +138,16 @@ func (r *codedReader) readOwn(ctx context.Context, p *peer, shard int, at atoll.
 
 // rebuild reckons payload of a shard from others, as many as it has data shards,
 // and asks further ones when some fail or are late. own, if it is not nil, will
-// bring what the shard's own node says: that ends it too.
-func (r *codedReader) rebuild(ctx context.Context, shard int, at atoll.BlockNo, dst []byte, tally readTally, own chan shardAnswer) error {
+// bring what the shard's own node says: that ends it too. With too the own node is
+// asked when the others do not suffice.
+func (r *codedReader) rebuild(ctx context.Context, shard int, at atoll.BlockNo, dst []byte, tally readTally, own chan shardAnswer, too bool) error {
 	n := r.n
 	ctx, cancel := context.WithTimeout(ctx, atoll.RequestTimeout)
 	defer cancel()
 	peers, order := r.others(shard, &tally)
+	if p, err := n.peer(r.ids[shard]); too && err == nil {
+		peers[shard], order = p, append(order, shard)
+	}
 	answers := make(chan shardAnswer, len(order)+1)
 	timer := time.NewTimer(maxHedge)
 	defer timer.Stop()
@@ -179,6 +183,11 @@ func (r *codedReader) rebuild(ctx context.Context, shard int, at atoll.BlockNo, 
 			if a.err != nil {
 				tally.note(a.err)
 				continue
+			}
+			if a.shard == shard {
+				copy(dst, a.buf.Bytes())
+				a.buf.Release()
+				return nil
 			}
 			parts[a.shard] = a.buf
 			have++

@@ -186,7 +186,7 @@ func (m *mender) batch(ctx context.Context, i int, prev uint32) (*host.Buffer, u
 	at, blocks := m.shape.Batch(i)
 	buf := host.Alloc(int((blocks + 1).Bytes()))
 	p := buf.Bytes()[atoll.BlockSize:]
-	if err := m.rebuild(ctx, m.shard, at+1, p, readTally{}, nil); err != nil {
+	if err := m.rebuild(ctx, m.shard, at+1, p, readTally{}, nil, false); err != nil {
 		buf.Release()
 		return nil, 0, err
 	}
@@ -223,7 +223,7 @@ func (m *mender) mend(ctx context.Context, r wire.Run) error {
 func (m *mender) mendPayload(ctx context.Context, at, blocks atoll.BlockNo) error {
 	buf := host.Alloc(int(blocks.Bytes()))
 	defer buf.Release()
-	if err := m.rebuild(ctx, m.shard, at, buf.Bytes(), readTally{}, nil); err != nil {
+	if err := m.rebuild(ctx, m.shard, at, buf.Bytes(), readTally{}, nil, false); err != nil {
 		return err
 	}
 	return m.node.Repair(ctx, m.seg, at, buf.Bytes())
