@@ -50,11 +50,7 @@ func (a *App) printStatus(s *atollv1.GetStatusResponse) {
 	fmt.Fprintf(a.Out, "usable     %s free of %s%s\n", a.size(s.UsableFreeBytes), a.size(s.UsableTotalBytes), copiesOf(s))
 	fmt.Fprintf(a.Out, "raw        %s free of %s\n", a.size(s.RawFreeBytes), a.size(s.RawTotalBytes))
 	for _, k := range s.Kept {
-		room := "room not known yet"
-		if k.Bytes > 0 {
-			room = a.size(k.Bytes) + " in each copy"
-		}
-		fmt.Fprintf(a.Out, "kept       %s of %s, which is deleted, for %s\n", room, k.Name, orDash(strings.Join(k.Clones, ", ")))
+		fmt.Fprintf(a.Out, "kept       %s\n", a.keptLine(k))
 	}
 	for _, p := range s.Processes {
 		mark := ""

@@ -136,10 +136,10 @@ func (m *Medium) Encode(ctx context.Context, cargo []Cargo) (int, error) {
 	if !m.Info().Policy.IsCoded() || len(cargo) == 0 {
 		return 0, fmt.Errorf("encode %d segments of medium %v: %w", len(cargo), m.id, atoll.ErrInvalid)
 	}
-	if err := acquire(ctx, m.moves); err != nil {
+	if err := acquire(ctx, m.encodes); err != nil {
 		return 0, fmt.Errorf("encode segments of medium %v: %w", m.id, err)
 	}
-	defer func() { <-m.moves }()
+	defer func() { <-m.encodes }()
 	e := encoder{m: m, code: m.Info().Policy.Code()}
 	if err := e.load(cargo); err != nil {
 		return 0, err
@@ -218,7 +218,7 @@ func (e *encoder) load(cargo []Cargo) error {
 func (e *encoder) run(ctx context.Context) error {
 	m := e.m
 	if len(e.runs) == 0 { // nothing lives: they only become names
-		return m.writeManifest(ctx, &checkpoint{moved: &compaction{from: e.from(), remaps: e.remaps()}})
+		return e.commit(ctx)
 	}
 	set, err := m.opts.Nodes.PickCoded(ctx, e.code.Data, e.code.Parity)
 	if err != nil {
@@ -230,13 +230,33 @@ func (e *encoder) run(ctx context.Context) error {
 	e.index = encodeIndex(m.id, e.seg.Ordinal, e.runs)
 	err = m.opts.Nodes.Encode(ctx, stream.Encoding{Seg: e.seg, Epoch: m.epoch, Shape: e.shape, Read: e.read})
 	if err == nil {
-		coded := entry{State: stateLive, Lane: catalog.Shards, Code: e.code, Copyset: e.seg.Copyset, Length: e.shape.Blocks(), Size: e.shape.Blocks()}
-		err = m.writeManifest(ctx, &checkpoint{moved: &compaction{from: e.from(), remaps: e.remaps(), seg: e.seg, coded: &coded}})
+		err = e.commit(ctx)
 	}
 	if err != nil {
 		m.abandonShards(context.WithoutCancel(ctx), e.seg, e.code, e.shape)
 	}
 	return err
+}
+
+// commit writes the manifest after which everything is read in the coded segment,
+// unless another compaction has moved some of the cargo meanwhile.
+func (e *encoder) commit(ctx context.Context) error {
+	m := e.m
+	if err := acquire(ctx, m.moves); err != nil {
+		return err
+	}
+	defer func() { <-m.moves }()
+	for _, o := range e.from() {
+		if _, _, err := m.victim(o); err != nil {
+			return err
+		}
+	}
+	moved := &compaction{from: e.from(), remaps: e.remaps()}
+	if !e.seg.IsZero() {
+		moved.seg = e.seg
+		moved.coded = &entry{State: stateLive, Lane: catalog.Shards, Code: e.code, Copyset: e.seg.Copyset, Length: e.shape.Blocks(), Size: e.shape.Blocks()}
+	}
+	return m.writeManifest(ctx, &checkpoint{moved: moved})
 }
 
 // remaps returns the new remaps of all segments that had blocks in the cargo.

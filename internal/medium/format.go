@@ -226,10 +226,15 @@ func (e *entry) body(m atoll.MediumID, o atoll.Ordinal) body {
 
 // read fills dst from a block on.
 func (b body) read(ctx context.Context, nodes *stream.Nodes, block atoll.BlockNo, dst []byte) error {
+	return b.readSums(ctx, nodes, block, dst, nil)
+}
+
+// readSums is read, and sets sums, unless nil, to the checksums of the blocks.
+func (b body) readSums(ctx context.Context, nodes *stream.Nodes, block atoll.BlockNo, dst []byte, sums []uint32) error {
 	if b.shape.IsCoded() {
-		return nodes.ReadCoded(ctx, b.seg, b.shape, block, dst)
+		return nodes.ReadCoded(ctx, b.seg, b.shape, block, dst, sums)
 	}
-	return nodes.Read(ctx, b.seg, block, dst)
+	return nodes.ReadSums(ctx, b.seg, block, dst, sums)
 }
 
 // manifest is the decoded root of a manifest, with its versions.

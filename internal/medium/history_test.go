@@ -398,7 +398,7 @@ func histories(t *testing.T, seeds, nodes int, code catalog.Code) {
 				h := &history{t: t, c: c, rng: rand.New(rand.NewPCG(seed, 11)), o: c.Owner("life0"), coded: code.Data > 0}
 				rec, err := medium.Create(context.Background(), h.o.Options(), catalog.Medium{
 					Name: "book", Kind: catalog.KindDB, Owner: "root",
-					Policy: catalog.Policy{Replicas: 3, Segment: 24 + int(seed%3)*20, Data: code.Data, Parity: code.Parity},
+					Policy: catalog.Policy{Replicas: 3, Segment: 24 + 60*code.Parity + int(seed%3)*20, Data: code.Data, Parity: code.Parity},
 				})
 				must(t, err)
 				h.books = []*model{{name: "book", rec: rec, cur: values{}, versions: map[uint64]values{}, clones: map[uint64]int{}}}

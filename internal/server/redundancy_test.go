@@ -7,7 +7,6 @@ import (
 	"math/rand/v2"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/atollstore/atoll/internal/api/atollv1"
 	"github.com/atollstore/atoll/internal/atoll"
@@ -79,7 +78,7 @@ func recode(t *testing.T, s *Server, name string) {
 	if err := errors.Join(o.vol.Flush(t.Context()), o.medium.Roll(t.Context(), catalog.Hot), o.vol.Checkpoint(t.Context()), o.medium.Roll(t.Context(), catalog.Bulk)); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, 30*time.Second, "brought into form", func() bool {
+	eventually(t, "brought into form", func() bool {
 		o.vol.Reclaim()
 		return !o.recoding()
 	})
@@ -104,7 +103,7 @@ func TestCodedVolume(t *testing.T) {
 	s := codedServer(t, 6)
 	defer mustStop(t, s)
 	b := &backend{s: s}
-	eventually(t, 10*time.Second, "nodes up", func() bool { return b.activeNodes() == 6 })
+	eventually(t, "nodes up", func() bool { return b.activeNodes() == 6 })
 	const size = 96
 	v, err := b.CreateVolume(t.Context(), &atollv1.CreateVolumeRequest{Name: "cold", SizeBytes: size << 20, Redundancy: "ec=4+2"})
 	if err != nil || v.Redundancy != "ec=4+2" || v.Replicas != 3 {
@@ -119,14 +118,14 @@ func TestCodedVolume(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := 1.5 * float64(size<<20)
-	eventually(t, 10*time.Second, "room given back", func() bool { return float64(s.raw(t, rec.ID)) < 1.03*want })
+	eventually(t, "room given back", func() bool { return float64(s.raw(t, rec.ID)) < 1.03*want })
 	t.Logf("%.4f of 1.5 times the data", float64(s.raw(t, rec.ID))/want)
-	eventually(t, 10*time.Second, "told of", func() bool {
+	eventually(t, "told of", func() bool {
 		v, err := b.Volume(t.Context(), "cold", false)
 		return err == nil && float64(v.GetCodedBytes()) > 0.96*(size<<20) && float64(v.GetRawBytes()) < 1.03*want
 	})
 	same(t, dev, size, 1)
-	if r, err := b.CheckVolume(t.Context(), "cold", true); err != nil || len(r.Problems)+len(r.Unchecked) > 0 || r.CheckedBytes < 3*size<<19 {
+	if r, err := b.CheckVolume(t.Context(), &atollv1.CheckVolumeRequest{Name: "cold", ReadAll: true}); err != nil || len(r.Problems)+len(r.Unchecked) > 0 || r.CheckedBytes < 3*size<<19 {
 		t.Errorf("check: %v, %v", r, err)
 	}
 	for _, n := range []atoll.NodeID{2, 5} {
@@ -140,7 +139,7 @@ func TestCodedVolume(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	eventually(t, 10*time.Second, "nodes up", func() bool {
+	eventually(t, "nodes up", func() bool {
 		st, err := b.Status(t.Context())
 		return err == nil && st.NodesUp == 6
 	})
@@ -150,7 +149,7 @@ func TestCodedVolume(t *testing.T) {
 		}
 		recode(t, s, "cold")
 		same(t, dev, size, 1)
-		if r, err := b.CheckVolume(t.Context(), "cold", true); err != nil || len(r.Problems)+len(r.Unchecked) > 0 {
+		if r, err := b.CheckVolume(t.Context(), &atollv1.CheckVolumeRequest{Name: "cold", ReadAll: true}); err != nil || len(r.Problems)+len(r.Unchecked) > 0 {
 			t.Errorf("check: %v, %v", r, err)
 		}
 	}

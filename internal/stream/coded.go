@@ -17,8 +17,9 @@ import (
 // ReadCoded fills dst, whole blocks, from a coded segment at the given block,
 // verified by the nodes. It comes from the data shard; when that is late, fails
 // or is suspected, it is reckoned from as many others. A damaged shard is
-// repaired in the background. Errors are those of Read.
-func (n *Nodes) ReadCoded(ctx context.Context, seg atoll.SegmentID, s segment.Shape, block atoll.BlockNo, dst []byte) error {
+// repaired in the background. sums, unless nil, is set to the CRC32C of each block.
+// Errors are those of Read.
+func (n *Nodes) ReadCoded(ctx context.Context, seg atoll.SegmentID, s segment.Shape, block atoll.BlockNo, dst []byte, sums []uint32) error {
 	if int64(block)+int64(len(dst)/atoll.BlockSize) > int64(s.Blocks()) {
 		return fmt.Errorf("read segment %v: blocks from %d on, it has %d: %w", seg, block, s.Blocks(), atoll.ErrNotExist)
 	}
@@ -30,7 +31,11 @@ func (n *Nodes) ReadCoded(ctx context.Context, seg atoll.SegmentID, s segment.Sh
 	for len(dst) > 0 {
 		shard, at, run := s.Find(block)
 		size := int(min(int64(len(dst)), run.Bytes()))
-		if err := r.read(ctx, shard, at, dst[:size]); err != nil {
+		var some []uint32
+		if sums != nil {
+			some, sums = sums[:size/atoll.BlockSize], sums[size/atoll.BlockSize:]
+		}
+		if err := r.read(ctx, shard, at, dst[:size], some); err != nil {
 			return err
 		}
 		dst, block = dst[size:], block+atoll.BlockNo(size/atoll.BlockSize)
@@ -47,18 +52,27 @@ type codedReader struct {
 }
 
 // read fills dst with payload of a shard that lies in one batch.
-func (r *codedReader) read(ctx context.Context, shard int, at atoll.BlockNo, dst []byte) error {
+func (r *codedReader) read(ctx context.Context, shard int, at atoll.BlockNo, dst []byte, sums []uint32) error {
 	n := r.n
 	p, err := n.peer(r.ids[shard])
+	if err == nil && p.local && !p.load.slow(n.epoch) && !n.suspected(p.id) {
+		if err = n.readShard(ctx, p, r, shard, at, dst, sums); err != nil {
+			err = r.rebuild(ctx, shard, at, dst, readTally{}.with(err), nil, false)
+			addSums(dst, sums)
+		}
+		return err
+	}
+	if err = r.readAny(ctx, p, err, shard, at, dst); err == nil {
+		addSums(dst, sums)
+	}
+	return err
+}
+
+// readAny is read where the node may be slow or cannot be reached.
+func (r *codedReader) readAny(ctx context.Context, p *peer, err error, shard int, at atoll.BlockNo, dst []byte) error {
+	n := r.n
 	if err != nil || n.suspected(p.id) {
 		return r.rebuild(ctx, shard, at, dst, readTally{}, nil, err == nil)
-	}
-	if p.local && !p.load.slow(n.epoch) {
-		err := n.readShard(ctx, p, r, shard, at, dst)
-		if err == nil {
-			return nil
-		}
-		return r.rebuild(ctx, shard, at, dst, readTally{}.with(err), nil, false)
 	}
 	own := make(chan shardAnswer, 1)
 	n.wg.Go(func() { own <- r.readOwn(ctx, p, shard, at, len(dst)) })
@@ -114,9 +128,14 @@ func (n *Nodes) suspected(id atoll.NodeID) bool {
 }
 
 // readShard reads from one shard, and has it repaired when it is damaged.
-func (n *Nodes) readShard(ctx context.Context, p *peer, r *codedReader, shard int, at atoll.BlockNo, dst []byte) error {
+func (n *Nodes) readShard(ctx context.Context, p *peer, r *codedReader, shard int, at atoll.BlockNo, dst []byte, sums []uint32) error {
 	began := p.load.begin(n.epoch)
-	err := p.node.Read(ctx, r.seg, at, dst)
+	var err error
+	if sums != nil && p.sums != nil {
+		err = p.sums.ReadSums(ctx, r.seg, at, dst, sums)
+	} else if err = p.node.Read(ctx, r.seg, at, dst); err == nil {
+		addSums(dst, sums)
+	}
 	p.load.end(n.epoch, began)
 	if err != nil {
 		if errors.Is(err, atoll.ErrCorrupt) {
@@ -129,7 +148,7 @@ func (n *Nodes) readShard(ctx context.Context, p *peer, r *codedReader, shard in
 
 func (r *codedReader) readOwn(ctx context.Context, p *peer, shard int, at atoll.BlockNo, size int) shardAnswer {
 	buf := host.Alloc(size)
-	if err := r.n.readShard(ctx, p, r, shard, at, buf.Bytes()); err != nil {
+	if err := r.n.readShard(ctx, p, r, shard, at, buf.Bytes(), nil); err != nil {
 		buf.Release()
 		return shardAnswer{shard, answer{err: err}}
 	}

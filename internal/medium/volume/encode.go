@@ -38,7 +38,7 @@ func (v *Volume) recode(ctx context.Context) time.Duration {
 
 func (v *Volume) recodeOnce(ctx context.Context) (did bool, err error) {
 	if list := v.store.Miscoded(1); len(list) > 0 {
-		return true, v.compact(ctx, list[0].Ordinal)
+		return v.recompact(ctx, list)
 	}
 	list, late := v.store.Uncoded()
 	quiet := late == v.reclaim.late
@@ -49,11 +49,18 @@ func (v *Volume) recodeOnce(ctx context.Context) (did bool, err error) {
 	if len(list) == 0 {
 		return false, nil
 	}
-	from := make([]atoll.Ordinal, len(list))
-	for i := range list {
-		from[i] = list[i].Ordinal
+	return v.recompact(ctx, list)
+}
+
+// recompact compacts those of a list that nobody else does.
+func (v *Volume) recompact(ctx context.Context, list []medium.Victim) (bool, error) {
+	from, done := v.reclaim.claim(list)
+	defer done()
+	if len(from) == 0 {
+		return false, nil
 	}
-	return true, v.compact(ctx, from...)
+	_, err := v.compact(ctx, from...)
+	return true, err
 }
 
 // move empties segments: into a coded one if the volume is coded, unless there are
