@@ -3,16 +3,20 @@ package server
 import (
 	"bytes"
 	"errors"
+	"flag"
 	"fmt"
 	"math/rand/v2"
 	"strings"
+	"sync"
 	"testing"
+	"time"
 
 	"github.com/atollstore/atoll/internal/api/atollv1"
 	"github.com/atollstore/atoll/internal/atoll"
 	"github.com/atollstore/atoll/internal/catalog"
 	"github.com/atollstore/atoll/internal/gateway/nbd"
 	"github.com/atollstore/atoll/internal/host"
+	"github.com/atollstore/atoll/internal/medium/volume"
 )
 
 // codedServer is a server with so many small nodes.
@@ -174,4 +178,78 @@ func TestRedundancyRefusals(t *testing.T) {
 	if _, err := b.SetRedundancy(t.Context(), &atollv1.SetRedundancyRequest{Name: "none", Redundancy: "ec=2+1"}); !errors.Is(err, atoll.ErrNotExist) {
 		t.Errorf("no such volume: %v", err)
 	}
+}
+
+var speed = flag.Int("coded", 0, "MiB of the measurement of coded volumes")
+
+// TestCodedSpeed measures encoding, and reads of a replicated, a coded and a
+// degraded volume. It asserts nothing; -coded 512 runs it.
+func TestCodedSpeed(t *testing.T) {
+	if *speed == 0 {
+		t.Skip("no -coded")
+	}
+	n := *speed
+	s := codedServer(t, 6)
+	defer mustStop(t, s)
+	b := &backend{s: s}
+	eventually(t, "nodes up", func() bool { return b.activeNodes() == 6 })
+	if _, err := b.CreateVolume(t.Context(), &atollv1.CreateVolumeRequest{Name: "v", SizeBytes: int64(n) << 20, Replicas: 3}); err != nil {
+		t.Fatal(err)
+	}
+	dev := open(t, s, "v")
+	noise(t, dev, n, 1)
+	if err := dev.Flush(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	reads := func(what string) {
+		s.volumes.Release(dev) // with what it has in memory
+		rec, err := s.volumes.find(t.Context(), "v")
+		if err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, "closed", func() bool { return s.volumes.closeID(t.Context(), rec.ID) })
+		s.volumes.cache = volume.NewCache(16 << 20)
+		dev = open(t, s, "v")
+		p := make([]byte, 1<<20)
+		begun := time.Now()
+		for i := range n {
+			if err := dev.Read(t.Context(), p, int64(i)<<20); err != nil {
+				t.Fatal(err)
+			}
+		}
+		took := time.Since(begun)
+		rng, small := rand.New(rand.NewPCG(1, 2)), time.Now()
+		var all sync.WaitGroup
+		for range 8 {
+			seed := rng.Uint64()
+			all.Go(func() {
+				rng, q := rand.New(rand.NewPCG(seed, 2)), make([]byte, 4096)
+				for range 1000 {
+					if err := dev.Read(t.Context(), q, rng.Int64N(int64(n)<<8)<<12); err != nil {
+						t.Error(err)
+					}
+				}
+			})
+		}
+		all.Wait()
+		t.Logf("%s: 1 MiB reads %.0f MB/s, 4 KiB reads, 8 at once %.0f/s", what, float64(n<<20)/1e6/took.Seconds(), 8000/time.Since(small).Seconds())
+	}
+	reads("replicated")
+	reads("replicated, again")
+	if _, err := b.SetRedundancy(t.Context(), &atollv1.SetRedundancyRequest{Name: "v", Redundancy: "ec=4+2"}); err != nil {
+		t.Fatal(err)
+	}
+	begun := time.Now()
+	recode(t, s, "v")
+	t.Logf("encoded: %.0f MB/s", float64(n<<20)/1e6/time.Since(begun).Seconds())
+	reads("coded")
+	reads("coded, again")
+	for _, id := range []atoll.NodeID{2, 5} {
+		if _, err := b.Inject(t.Context(), id, "kill", 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	reads("without two nodes")
+	reads("without two nodes, again")
+	s.volumes.Release(dev)
 }
