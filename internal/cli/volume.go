@@ -193,11 +193,11 @@ func (a *App) volumeSet() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "set NAME --redundancy replicas=N|ec=K+M",
 		Short: "Change how a volume's bytes are kept",
-		Long: `Change how a volume's bytes are kept. It stays in use meanwhile: with ec=K+M its
-segments are encoded in the background as K data and M parity shards, each on
-another node, any K of which give everything; with replicas=N coded segments are
-copied back. Another number of copies holds for segments made after the volume is
-opened next.`,
+		Long: `Change how a volume's bytes are kept. It stays in use meanwhile: with ec=K+M
+its segments are encoded in the background as K data and M parity shards, each
+on another node, any K of which give everything; with replicas=N coded segments
+are copied back. Another number of copies holds for segments made after the
+volume is opened next.`,
 		Example: "  atoll volume set disk1 --redundancy ec=4+2\n  atoll volume set disk1 --redundancy replicas=3",
 		Args:    exactArgs(1, "a volume's name"),
 		RunE: func(cmd *cobra.Command, args []string) error {

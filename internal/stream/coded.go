@@ -76,7 +76,7 @@ func (r *codedReader) readAny(ctx context.Context, p *peer, err error, shard int
 	}
 	own := make(chan shardAnswer, 1)
 	n.wg.Go(func() { own <- r.readOwn(ctx, p, shard, at, len(dst)) })
-	timer := time.NewTimer(p.load.hedge())
+	timer := time.NewTimer(p.load.hedge(len(dst)))
 	defer timer.Stop()
 	select {
 	case a := <-own:
@@ -136,7 +136,7 @@ func (n *Nodes) readShard(ctx context.Context, p *peer, r *codedReader, shard in
 	} else if err = p.node.Read(ctx, r.seg, at, dst); err == nil {
 		addSums(dst, sums)
 	}
-	p.load.end(n.epoch, began)
+	p.load.end(n.epoch, began, len(dst))
 	if err != nil {
 		if errors.Is(err, atoll.ErrCorrupt) {
 			n.repairSoon(repairJob{p.id, r.seg, at, atoll.BlockNo(len(dst) / atoll.BlockSize), r.shape})
