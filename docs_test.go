@@ -16,10 +16,12 @@ var rewrite = flag.Bool("rewrite", false, "write generated documents anew")
 var formats = []struct{ title, file string }{
 	{"Segments: batches and records", "internal/segment/format.go"},
 	{"Segments: footers", "internal/segment/footer.go"},
+	{"Segments: shards", "internal/segment/shape.go"},
 	{"Segments: how they are read after a crash", "internal/segment/scan.go"},
 	{"Disks: the superblock", "internal/segment/super.go"},
 	{"Disks: the state file", "internal/node/states.go"},
 	{"Media: manifest, notes", "internal/medium/format.go"},
+	{"Media: coded segments", "internal/medium/encode.go"},
 	{"Volumes: the map", "internal/medium/volume/format.go"},
 	{"Pebble's files in a log", "internal/medium/pebblefs/format.go"},
 	{"Wire: frames between members", "internal/wire/format.go"},

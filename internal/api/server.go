@@ -31,6 +31,7 @@ type Backend interface {
 	Volumes(ctx context.Context, after string, limit int) ([]*atollv1.Volume, error)
 	Volume(ctx context.Context, name string, open bool) (*atollv1.Volume, error)
 	ResizeVolume(ctx context.Context, name string, size int64, shrink bool) (*atollv1.Volume, error)
+	SetRedundancy(ctx context.Context, req *atollv1.SetRedundancyRequest) (*atollv1.Volume, error)
 	DeleteVolume(ctx context.Context, req *atollv1.DeleteVolumeRequest) (*atollv1.DeleteVolumeResponse, error)
 	CheckVolume(ctx context.Context, req *atollv1.CheckVolumeRequest) (*atollv1.CheckVolumeResponse, error)
 

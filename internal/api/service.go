@@ -70,6 +70,10 @@ func (s volumeService) ResizeVolume(ctx context.Context, r *connect.Request[atol
 	return reply(s.b.ResizeVolume(ctx, r.Msg.Name, r.Msg.SizeBytes, r.Msg.Shrink))
 }
 
+func (s volumeService) SetRedundancy(ctx context.Context, r *connect.Request[atollv1.SetRedundancyRequest]) (*connect.Response[atollv1.Volume], error) {
+	return reply(s.b.SetRedundancy(ctx, r.Msg))
+}
+
 func (s volumeService) DeleteVolume(ctx context.Context, r *connect.Request[atollv1.DeleteVolumeRequest]) (*connect.Response[atollv1.DeleteVolumeResponse], error) {
 	return reply(s.b.DeleteVolume(ctx, r.Msg))
 }

@@ -15,10 +15,13 @@ const (
 	MaxBatchBlocks = 512
 	// MaxCopies is the largest number of copies of a segment.
 	MaxCopies = 5
+	// MaxShards is the largest number of shards of a coded segment; at most
+	// MaxCopies of them are parity.
+	MaxShards = 16
 	// MaxUnsealed is the largest number of unsealed segments of a medium: one
-	// in use and one registered for each of the hot and the bulk lane, and two
-	// that are being sealed.
-	MaxUnsealed = 6
+	// in use and one registered for each of the hot and the bulk lane, two that
+	// are being sealed, and a coded one.
+	MaxUnsealed = 7
 )
 
 // Sizes of volumes in bytes.

@@ -208,7 +208,7 @@ func catCopysets(t *testing.T, p pair) {
 	if set = must(p.b.EnsureCopyset(p.ctx, []atoll.NodeID{3, 2, 1}))(t); set.Retired || set.ID != ids[0] {
 		t.Errorf("wanted again: %+v", set)
 	}
-	for _, bad := range [][]atoll.NodeID{nil, {1, 1}, {1, 2, 3, 4, 5, 6}} {
+	for _, bad := range [][]atoll.NodeID{nil, {1, 1}, {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17}} {
 		_, err := p.a.EnsureCopyset(p.ctx, bad)
 		wantErr(t, err, atoll.ErrInvalid)
 	}
@@ -571,7 +571,7 @@ func TestNewer(t *testing.T) {
 	m := NewMemory(MemoryOptions{})
 	defer m.Close()
 	kv := m.Client("a")
-	mustTxn(t, kv, Txn{Then: []Op{{Key: keyCluster, Value: []byte(`{"v":2,"d":{}}`)}}})
+	mustTxn(t, kv, Txn{Then: []Op{{Key: keyCluster, Value: []byte(`{"v":3,"d":{}}`)}}})
 	_, err := Open(testContext(t), kv, nil)
 	wantErr(t, err, atoll.ErrVersion)
 }

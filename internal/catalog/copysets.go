@@ -14,9 +14,9 @@ import (
 func (c *Catalog) EnsureCopyset(ctx context.Context, nodes []atoll.NodeID) (Copyset, error) {
 	sorted := slices.Clone(nodes)
 	slices.Sort(sorted)
-	if len(sorted) == 0 || len(sorted) > atoll.MaxCopies || len(slices.Compact(slices.Clone(sorted))) != len(sorted) {
+	if len(sorted) == 0 || len(sorted) > atoll.MaxShards || len(slices.Compact(slices.Clone(sorted))) != len(sorted) {
 		return Copyset{}, fmt.Errorf("make copyset of nodes %v: want 1 to %d different ones: %w",
-			nodes, atoll.MaxCopies, atoll.ErrInvalid)
+			nodes, atoll.MaxShards, atoll.ErrInvalid)
 	}
 	ctx, done := bound(ctx)
 	defer done()

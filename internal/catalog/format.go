@@ -21,6 +21,7 @@ import (
 //	/atoll/1/state/process/<32>       * Process
 //	/atoll/1/state/elect/<name>       * served: who was elected
 //	/atoll/1/state/copies/<n>           null: some medium wants n copies
+//	/atoll/1/state/codes/<k>+<m>        null: some medium wants shards of this code
 //	/atoll/1/disk/<32>                  NodeID of the disk
 //	/atoll/1/members/<8>-<8>-…          CopysetID of these members, ascending
 //	/atoll/1/last/node, …/last/copyset  the last number given out
@@ -49,7 +50,8 @@ import (
 // is refused (ErrVersion), never guessed at. w is drawn anew for every write, so
 // that a writer whose answer was lost finds out whether the write was its own.
 // d is the record; fields unknown to the reader are ignored, and a change that
-// an old reader may not ignore raises v.
+// an old reader may not ignore raises v: 2 for a medium that is coded, a head that
+// lists a coded segment and a copyset of more than five nodes, else 1.
 const (
 	root           = "/atoll/1/"
 	statePrefix    = root + "state/"
@@ -61,6 +63,7 @@ const (
 	processPrefix  = statePrefix + "process/"
 	electPrefix    = statePrefix + "elect/"
 	copiesPrefix   = statePrefix + "copies/"
+	codesPrefix    = statePrefix + "codes/"
 	diskPrefix     = root + "disk/"
 	membersPrefix  = root + "members/"
 	keyLastNode    = root + "last/node"
@@ -78,7 +81,25 @@ const (
 )
 
 // formatVersion is the newest version of values that this program knows.
-const formatVersion = 1
+const formatVersion = 2
+
+// versionOf returns the version of a record's format: what a program needs to
+// know at least.
+func versionOf(v any) int {
+	coded := false
+	switch v := v.(type) {
+	case Medium:
+		coded = v.Policy.IsCoded()
+	case Head:
+		coded = slices.ContainsFunc(v.Unsealed, func(u Unsealed) bool { return u.Lane == Shards })
+	case Copyset:
+		coded = len(v.Nodes) > atoll.MaxCopies
+	}
+	if coded {
+		return 2
+	}
+	return 1
+}
 
 func nodeKey(id atoll.NodeID) string       { return nodePrefix + hex8(uint32(id)) }
 func serveKey(id atoll.NodeID) string      { return servePrefix + hex8(uint32(id)) }
@@ -91,6 +112,7 @@ func headKey(id atoll.MediumID) string     { return headPrefix + id.String() }
 func deleteKey(id atoll.MediumID) string   { return deletePrefix + id.String() }
 func nameKey(name string) string           { return namePrefix + name }
 func copiesKey(n int) string               { return copiesPrefix + strconv.Itoa(n) }
+func codeKey(c Code) string                { return codesPrefix + c.String() }
 func trashKey(id atoll.MediumID) string    { return trashPrefix + id.String() }
 func scheduleKey(id atoll.MediumID) string { return schedulePrefix + id.String() }
 func dirKey(path string) string            { return dirPrefix + path + "/" }
@@ -132,7 +154,7 @@ type envelope struct {
 func encode(w string, v any) []byte {
 	d, err := json.Marshal(v)
 	atoll.Assert(err == nil, "encode %T: %v", v, err)
-	out, err := json.Marshal(envelope{V: formatVersion, W: w, D: d})
+	out, err := json.Marshal(envelope{V: versionOf(v), W: w, D: d})
 	atoll.Assert(err == nil, "encode %T: %v", v, err)
 	return out
 }

@@ -69,7 +69,7 @@ func TestDecodeErrors(t *testing.T) {
 	for value, want := range map[string]error{
 		"": atoll.ErrCorrupt, "{": atoll.ErrCorrupt, "{}": atoll.ErrCorrupt, "null": atoll.ErrCorrupt,
 		`{"v":0,"d":{}}`: atoll.ErrCorrupt, `{"v":1}`: atoll.ErrCorrupt, `{"v":1,"d":[]}`: atoll.ErrCorrupt,
-		`{"v":2,"d":{}}`: atoll.ErrVersion, `{"v":99,"d":[],"more":1}`: atoll.ErrVersion, `{"v":1,"d":{"new":1}}`: nil,
+		`{"v":3,"d":{}}`: atoll.ErrVersion, `{"v":99,"d":[],"more":1}`: atoll.ErrVersion, `{"v":1,"d":{"new":1}}`: nil,
 	} {
 		if err := decode(KeyValue{Key: "k", Value: []byte(value)}, new(Head)); !errors.Is(err, want) {
 			t.Errorf("value %q: %v, want %v", value, err, want)

@@ -74,13 +74,17 @@ func (c *Catalog) create(ctx context.Context, w string, m Medium) (Txn, error) {
 	}, err
 }
 
-// wantCopies lists the write that tells the controller of a number of copies
-// that no medium wanted so far.
+// wantCopies lists the writes that tell the controller of a number of copies, or
+// a code, that no medium wanted so far.
 func (c *Catalog) wantCopies(w string, m Medium) []Op {
-	if c.State().Copies[m.Policy.Replicas] {
-		return nil
+	var ops []Op
+	if !c.State().Copies[m.Policy.Replicas] {
+		ops = append(ops, Op{Key: copiesKey(m.Policy.Replicas), Value: encode(w, nil)})
 	}
-	return []Op{{Key: copiesKey(m.Policy.Replicas), Value: encode(w, nil)}}
+	if code := m.Policy.Code(); m.Policy.IsCoded() && !c.State().Codes[code] {
+		ops = append(ops, Op{Key: codeKey(code), Value: encode(w, nil)})
+	}
+	return ops
 }
 
 func checkMedium(m Medium) error {
@@ -98,6 +102,11 @@ func checkMedium(m Medium) error {
 	if p.Replicas < 1 || p.Replicas > atoll.MaxCopies || p.MinReplicas < 0 || p.MinReplicas > p.Replicas {
 		return fmt.Errorf("medium %q with %d copies (at least %d): want 1 to %d: %w",
 			m.Name, p.Replicas, p.MinReplicas, atoll.MaxCopies, atoll.ErrInvalid)
+	}
+	if p.Data != 0 || p.Parity != 0 {
+		if err := p.Code().check(); err != nil {
+			return fmt.Errorf("medium %q: %w", m.Name, err)
+		}
 	}
 	if p.Segment < 0 || p.Segment > atoll.MaxSegmentBlocks {
 		return fmt.Errorf("medium %q with segments of %d blocks: want at most %d: %w",

@@ -20,6 +20,7 @@ type State struct {
 	Processes map[atoll.UUID]Process
 	Leaders   map[string]atoll.UUID // who was elected to what
 	Copies    map[int]bool          // numbers of copies that media want
+	Codes     map[Code]bool         // codes that media want
 	Rev       int64                 // of the last change seen
 }
 
@@ -150,6 +151,7 @@ func newView(r *raw) (*view, error) {
 		Processes: make(map[atoll.UUID]Process),
 		Leaders:   make(map[string]atoll.UUID),
 		Copies:    make(map[int]bool),
+		Codes:     make(map[Code]bool),
 		Rev:       r.rev,
 	}}
 	for _, kv := range r.kvs {
@@ -173,7 +175,7 @@ func (v *view) clone(events []Event) *view {
 	}
 	if nodes {
 		n.Nodes, n.Processes = maps.Clone(v.Nodes), maps.Clone(v.Processes)
-		n.Leaders, n.Copies = maps.Clone(v.Leaders), maps.Clone(v.Copies)
+		n.Leaders, n.Copies, n.Codes = maps.Clone(v.Leaders), maps.Clone(v.Copies), maps.Clone(v.Codes)
 	}
 	if sets {
 		n.Copysets = maps.Clone(v.Copysets)
@@ -233,6 +235,12 @@ func (v *view) set(r *raw, kv KeyValue) error {
 			return fmt.Errorf("parse key %q: %w", key, atoll.ErrCorrupt)
 		}
 		v.Copies[n] = true
+	case strings.HasPrefix(key, codesPrefix):
+		code, err := ParseCode(strings.TrimPrefix(key, codesPrefix))
+		if err != nil {
+			return fmt.Errorf("parse key %q: %w", key, atoll.ErrCorrupt)
+		}
+		v.Codes[code] = true
 	}
 	return nil // serve, report: by refresh; others: of a newer program
 }
@@ -258,6 +266,10 @@ func (v *view) unset(r *raw, key string) {
 	case strings.HasPrefix(key, copiesPrefix):
 		if n, err := strconv.Atoi(strings.TrimPrefix(key, copiesPrefix)); err == nil {
 			delete(v.Copies, n)
+		}
+	case strings.HasPrefix(key, codesPrefix):
+		if code, err := ParseCode(strings.TrimPrefix(key, codesPrefix)); err == nil {
+			delete(v.Codes, code)
 		}
 	}
 	_ = v.touch(r, key)

@@ -1,6 +1,9 @@
 package catalog
 
 import (
+	"fmt"
+	"strconv"
+	"strings"
 	"time"
 
 	"github.com/atollstore/atoll/internal/atoll"
@@ -59,7 +62,9 @@ type NodeReport struct {
 }
 
 // Copyset is a set of nodes in different failure domains that hold the copies
-// of segments. Version rises with every change of membership.
+// of segments, or the shards of coded ones: which of these a node has depends on
+// its place in Nodes, so a new member takes the place of the old one. Version
+// rises with every change of membership.
 type Copyset struct {
 	ID      atoll.CopysetID `json:"id"`
 	Nodes   []atoll.NodeID  `json:"nodes"`
@@ -140,6 +145,68 @@ type Policy struct {
 	Replicas    int `json:"replicas"`         // copies, 1 to 5
 	MinReplicas int `json:"min,omitempty"`    // write on with this many healthy nodes; 0 = one less than Replicas, at least 1
 	Segment     int `json:"blocks,omitempty"` // segment size in blocks; 0 = atoll.SegmentBlocks
+	// Data and Parity, of coded media: sealed segments are kept as that many
+	// shards on as many nodes, any Data of which give everything. Both are 0 for
+	// media that keep copies; those that are coded have Replicas copies of what
+	// is not encoded yet.
+	Data   int `json:"data,omitempty"`
+	Parity int `json:"parity,omitempty"`
+}
+
+// IsCoded reports whether sealed segments are kept as shards.
+func (p Policy) IsCoded() bool { return p.Data != 0 }
+
+// Code returns the code that a policy asks for.
+func (p Policy) Code() Code { return Code{p.Data, p.Parity} }
+
+// Redundancy returns the policy in words: "replicas=3" or "ec=4+2".
+func (p Policy) Redundancy() string {
+	if p.IsCoded() {
+		return "ec=" + p.Code().String()
+	}
+	return fmt.Sprintf("replicas=%d", p.Replicas)
+}
+
+// ParseRedundancy is the inverse of Policy.Redundancy. A coded medium keeps what
+// is not encoded yet in as many copies as survive the same losses. ErrInvalid.
+func ParseRedundancy(s string) (Policy, error) {
+	if n, ok := strings.CutPrefix(s, "replicas="); ok {
+		if n, err := strconv.Atoi(n); err == nil && n >= 1 && n <= atoll.MaxCopies {
+			return Policy{Replicas: n}, nil
+		}
+	}
+	if text, ok := strings.CutPrefix(s, "ec="); ok {
+		c, err := ParseCode(text)
+		return Policy{Replicas: min(c.Parity+1, atoll.MaxCopies), Data: c.Data, Parity: c.Parity}, err
+	}
+	return Policy{}, fmt.Errorf("redundancy %q: want replicas=N, N from 1 to %d, or ec=K+M as in ec=4+2: %w", s, atoll.MaxCopies, atoll.ErrInvalid)
+}
+
+// Code is an erasure code: how many shards of data, and how many of parity.
+type Code struct{ Data, Parity int }
+
+// String returns "4+2".
+func (c Code) String() string { return fmt.Sprintf("%d+%d", c.Data, c.Parity) }
+
+// ParseCode is the inverse of Code.String. ErrInvalid, also beyond the limits.
+func ParseCode(s string) (c Code, err error) {
+	data, parity, _ := strings.Cut(s, "+")
+	c.Data, err = strconv.Atoi(data)
+	if err == nil {
+		c.Parity, err = strconv.Atoi(parity)
+	}
+	if err != nil || c.check() != nil || c.String() != s {
+		return Code{}, fmt.Errorf("parse code %q: want as in 4+2, at most %d in all and %d after the plus sign: %w",
+			s, atoll.MaxShards, atoll.MaxCopies, atoll.ErrInvalid)
+	}
+	return c, nil
+}
+
+func (c Code) check() error {
+	if c.Data < 1 || c.Parity < 1 || c.Parity > atoll.MaxCopies || c.Data+c.Parity > atoll.MaxShards {
+		return fmt.Errorf("%v shards: %w", c, atoll.ErrInvalid)
+	}
+	return nil
 }
 
 // Medium is what a user owns, apart from its contents.
@@ -174,10 +241,13 @@ func (m *Medium) Base() atoll.Ordinal {
 type Lane uint8
 
 // Lanes. User data, logs and anything that orders writes go to the hot lane;
-// tables, map pages and compaction output to the bulk lane.
+// tables, map pages and compaction output to the bulk lane. A coded segment is in
+// a lane of its own: it is written in one piece, and is nothing before that is
+// recorded.
 const (
 	Hot Lane = iota
 	Bulk
+	Shards
 )
 
 // Unsealed is a segment whose length is not yet fixed.

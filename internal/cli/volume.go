@@ -22,7 +22,7 @@ func (a *App) volumeCommand() *cobra.Command {
 		id   string
 		cmds []*cobra.Command
 	}{
-		{"vol", []*cobra.Command{a.volumeCreate(), a.volumeList(), a.volumeInfo(), a.volumeResize(), a.volumeRename(), a.volumeRemove(),
+		{"vol", []*cobra.Command{a.volumeCreate(), a.volumeList(), a.volumeInfo(), a.volumeResize(), a.volumeSet(), a.volumeRename(), a.volumeRemove(),
 			a.volumeTrash(), a.volumeLimits(), a.volumeMeta(), a.volumeCheck()}},
 		{"versions", []*cobra.Command{a.volumeBackup(), a.volumeVersions(), a.volumeSnap(), a.volumeRelease(), a.volumeRestore(),
 			a.volumeClone(), a.volumeChildren(), a.volumeFlatten(), a.volumeSchedule()}},
@@ -51,7 +51,7 @@ func (a *App) volumeCreate() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:     "create NAME SIZE",
 		Short:   "Make a thin volume",
-		Example: "  atoll volume create disk1 10G\n  atoll volume create fast 512M --replicas 2 --cache writethrough",
+		Example: "  atoll volume create disk1 10G\n  atoll volume create fast 512M --replicas 2 --cache writethrough\n  atoll volume create cold 1T --redundancy ec=4+2",
 		Args: func(_ *cobra.Command, args []string) error {
 			if len(args) == 2 && sizeText == "" {
 				sizeText, args = args[1], args[:1]
@@ -79,12 +79,13 @@ func (a *App) volumeCreate() *cobra.Command {
 				}
 				v := r.Msg
 				return a.show(v, func() {
-					fmt.Fprintf(a.Out, "%s: %s, thin, %s   %s\n", v.Name, a.size(v.SizeBytes), plural(int(v.Replicas), "copy", "copies"), shellQuote(first(v.Urls)))
+					fmt.Fprintf(a.Out, "%s: %s, thin, %s   %s\n", v.Name, a.size(v.SizeBytes), redundancy(v), shellQuote(first(v.Urls)))
 				})
 			})
 		},
 	}
 	cmd.Flags().Int32Var(&req.Replicas, "replicas", 0, "copies, 1 to 5 (default: 3, or as many as there are nodes)")
+	cmd.Flags().StringVar(&req.Redundancy, "redundancy", "", "replicas=N or ec=K+M: sealed segments as K data and M parity shards, each on another node")
 	cmd.Flags().StringVar(&req.Cache, "cache", "", "writeback (durable at FLUSH and FUA; the default) or writethrough (every write durable before its reply)")
 	cmd.Flags().StringVar(&req.Description, "description", "", "a remark, shown in listings")
 	cmd.Flags().StringVar(&sizeText, "size", "", "the size, instead of SIZE")
@@ -176,6 +177,49 @@ func (a *App) volumeResize() *cobra.Command {
 	cmd.Flags().BoolVar(&shrink, "allow-shrink", false, "the same, as rbd calls it")
 	cmd.Flags().StringVar(&sizeText, "size", "", "the size, instead of SIZE")
 	_ = cmd.Flags().MarkHidden("allow-shrink") // fails only for a flag that is not there
+	return cmd
+}
+
+// redundancy says how a volume is kept.
+func redundancy(v *atollv1.Volume) string {
+	if code, ok := strings.CutPrefix(v.Redundancy, "ec="); ok {
+		return "erasure-coded " + code
+	}
+	return plural(int(v.Replicas), "copy", "copies")
+}
+
+func (a *App) volumeSet() *cobra.Command {
+	req := &atollv1.SetRedundancyRequest{}
+	cmd := &cobra.Command{
+		Use:   "set NAME --redundancy replicas=N|ec=K+M",
+		Short: "Change how a volume's bytes are kept",
+		Long: `Change how a volume's bytes are kept. It stays in use meanwhile: with ec=K+M
+its segments are encoded in the background as K data and M parity shards, each
+on another node, any K of which give everything; with replicas=N coded segments
+are copied back. Another number of copies holds for segments made after the
+volume is opened next.`,
+		Example: "  atoll volume set disk1 --redundancy ec=4+2\n  atoll volume set disk1 --redundancy replicas=3",
+		Args:    exactArgs(1, "a volume's name"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if req.Redundancy == "" {
+				return usagef("say what to set, as in: atoll volume set %s --redundancy ec=4+2", args[0])
+			}
+			return a.Call(cmd, func(ctx context.Context, c *api.Client) error {
+				req.Name = volumeName(args[0])
+				r, err := c.Volumes.SetRedundancy(ctx, connect.NewRequest(req))
+				if err != nil {
+					return a.didYouMean(ctx, c, args[0], err)
+				}
+				if a.output != "table" {
+					return a.json(r.Msg)
+				}
+				fmt.Fprintf(a.Out, "%s: %s\n", r.Msg.Name, redundancy(r.Msg))
+				a.hint("what is there is brought into that form in the background; \"atoll volume info\" shows how far it is")
+				return nil
+			})
+		},
+	}
+	cmd.Flags().StringVar(&req.Redundancy, "redundancy", "", "replicas=N or ec=K+M")
 	return cmd
 }
 

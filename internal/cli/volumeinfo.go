@@ -144,7 +144,11 @@ func (a *App) printVolume(v *atollv1.Volume) {
 	if exact := exactSize(v.Properties, v.SizeBytes); exact != v.SizeBytes {
 		a.line("image size", "%d bytes", exact)
 	}
-	a.line("copies", "%d", v.Replicas)
+	if v.Redundancy == "" || strings.HasPrefix(v.Redundancy, "replicas=") {
+		a.line("copies", "%d", v.Replicas)
+	} else {
+		a.line("redundancy", "%s, %s of what is not encoded yet", v.Redundancy, plural(int(v.Replicas), "copy", "copies"))
+	}
 	a.line("cache", "%s", v.Cache)
 	a.line("created", "%s", moment(v.Created.AsTime()))
 	a.lineIf("owner", v.Owner)
@@ -220,6 +224,9 @@ func (a *App) printState(v *atollv1.Volume) {
 		live = a.size(v.GetLiveBytes()) + " of it live at the last checkpoint, "
 	}
 	a.line("log", "%s in %s, %skept %s", a.size(v.GetLogBytes()), count(int(v.GetSegments()), "segment"), live, count(int(v.Replicas), "time"))
+	if v.RawBytes != nil && strings.HasPrefix(v.Redundancy, "ec=") {
+		a.line("stored", "%s on all nodes, %s of the log coded", a.size(v.GetRawBytes()), a.size(v.GetCodedBytes()))
+	}
 	if v.GetReclaimableBytes() > 0 {
 		a.line("reclaimable", "%s", a.size(v.GetReclaimableBytes()))
 	}

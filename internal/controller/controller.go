@@ -155,7 +155,7 @@ func (c *Controller) placing(ctx context.Context) {
 // place does one plan; more says that there is another at once.
 func (c *Controller) place(ctx context.Context, st *catalog.State) (more bool, err error) {
 	copies := append(slices.Collect(maps.Keys(st.Copies)), defaultCopies)
-	p := placement(slices.Collect(maps.Values(st.Nodes)), slices.Collect(maps.Values(st.Copysets)), copies)
+	p := placement(slices.Collect(maps.Values(st.Nodes)), slices.Collect(maps.Values(st.Copysets)), copies, slices.Collect(maps.Keys(st.Codes))...)
 	for _, id := range p.Retire {
 		if _, err := c.cat.RetireCopyset(ctx, id, true); err != nil {
 			return false, err

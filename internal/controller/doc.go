@@ -24,6 +24,6 @@
 // Not here yet, with the place where it will be: repair and drain replace a
 // member of a copyset, which is a change of Copyset.Nodes and Version in a pass
 // beside Controller.place, fed by nodes in state "draining" or "removed"; until
-// then a draining node takes no new segments and keeps the ones it has. Erasure
-// coding adds copysets of K+M members, which placement makes like any others.
+// then a draining node takes no new segments and keeps the ones it has. Copysets
+// of K+M members, for the codes that media want, are made like any others.
 package controller

@@ -1,7 +1,9 @@
 package controller
 
 import (
+	"cmp"
 	"fmt"
+	"maps"
 	"slices"
 
 	"github.com/atollstore/atoll/internal/atoll"
@@ -89,6 +91,13 @@ func (h *judge) nodes() {
 	for n := range h.st.Copies {
 		want = max(want, n)
 	}
+	for _, c := range slices.SortedFunc(maps.Keys(h.st.Codes), func(a, b catalog.Code) int { return cmp.Compare(a.Data+a.Parity, b.Data+b.Parity) }) {
+		if n := c.Data + c.Parity; writable > 0 && writable < n {
+			h.degraded = append(h.degraded, fmt.Sprintf("%d %s, some media want shards on %d: what they write is not encoded until then",
+				writable, plural(writable, "node takes writes", "nodes take writes"), n))
+			break
+		}
+	}
 	if writable > 0 && writable < want {
 		h.degraded = append(h.degraded, fmt.Sprintf("%d %s, some media want %d copies",
 			writable, plural(writable, "node takes writes", "nodes take writes"), want))
@@ -106,19 +115,46 @@ func (h *judge) group(ids []atoll.NodeID, one, many string) {
 	}
 }
 
-// copysets finds those of which no member can be read.
+// copysets finds those of which no member can be read, or of shards too few.
 func (h *judge) copysets() {
-	dark := 0
+	dark, torn := 0, 0
 	for _, set := range h.st.Copysets {
 		readable := func(id atoll.NodeID) bool { return h.st.Nodes[id].Up && !h.st.Nodes[id].Report.Silent }
-		if !slices.ContainsFunc(set.Nodes, readable) {
-			dark++
+		n := 0
+		for _, id := range set.Nodes {
+			if readable(id) {
+				n++
+			}
 		}
+		if n == 0 {
+			dark++
+		} else if n < h.needs(len(set.Nodes)) {
+			torn++
+		}
+	}
+	if torn > 0 {
+		h.critical = append(h.critical, fmt.Sprintf("%d %s of shards too few nodes that are up: what only they hold cannot be read",
+			torn, plural(torn, "copyset has", "copysets have")))
 	}
 	if dark > 0 {
 		h.critical = append(h.critical, fmt.Sprintf("%d %s no node that is up: what only they hold cannot be read",
 			dark, plural(dark, "copyset has", "copysets have")))
 	}
+}
+
+// needs returns how many members a set of so many needs at least for what it
+// holds to be read: those of copies one.
+func (h *judge) needs(size int) int {
+	least := 0
+	for c := range h.st.Codes {
+		if c.Data+c.Parity == size && (least == 0 || c.Data < least) {
+			least = c.Data
+		}
+	}
+	if h.st.Copies[size] || size == defaultCopies || least == 0 {
+		return 1
+	}
+	return least
 }
 
 func plural(n int, one, many string) string {

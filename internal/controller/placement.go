@@ -30,25 +30,31 @@ type plan struct {
 // active node is in enough sets of each size. It is a pure function of its
 // arguments, independent of their order. Sets that are good stay as they are
 // whatever nodes come and go. copies lists the sizes that media want; a cluster
-// with fewer nodes gets sets of all its nodes instead.
-func placement(nodes []catalog.Node, sets []catalog.Copyset, copies []int) plan {
+// with fewer nodes gets sets of all its nodes instead. codes lists the codes that
+// media want, for which there are sets only when there are nodes enough.
+func placement(nodes []catalog.Node, sets []catalog.Copyset, copies []int, codes ...catalog.Code) plan {
 	p := newPlacer(nodes, sets)
 	for _, set := range p.sets {
-		if !set.Retired && p.retires(set, copies) {
+		if !set.Retired && p.retires(set, copies, codes) {
 			p.out.Retire = append(p.out.Retire, set.ID)
 		}
 	}
-	for _, size := range sizes(len(p.nodes), copies) {
+	for _, size := range sizes(len(p.nodes), copies, codes) {
 		p.fill(size)
 	}
 	return p.out
 }
 
 // sizes returns the sizes of sets to make, ascending.
-func sizes(nodes int, copies []int) []int {
+func sizes(nodes int, copies []int, codes []catalog.Code) []int {
 	var out []int
 	for _, n := range copies {
 		if n = min(n, nodes, atoll.MaxCopies); n > 0 {
+			out = append(out, n)
+		}
+	}
+	for _, c := range codes {
+		if n := c.Data + c.Parity; n <= nodes {
 			out = append(out, n)
 		}
 	}
@@ -167,17 +173,17 @@ func (p *placer) legal(members []int) bool {
 // retires reports whether a set is to take no new segments: a member is not
 // active, or its members are closer together than they need be. The latter is
 // let be while a node is down, for a writer may have had no other choice.
-func (p *placer) retires(set catalog.Copyset, copies []int) bool {
+func (p *placer) retires(set catalog.Copyset, copies []int, codes []catalog.Code) bool {
 	members, active := p.members(set)
 	if !active {
 		return true
 	}
-	return p.allUp && slices.Contains(sizes(len(p.nodes), copies), len(members)) && !p.legal(members)
+	return p.allUp && slices.Contains(sizes(len(p.nodes), copies, codes), len(members)) && !p.legal(members)
 }
 
 // fill adds sets of one size until every node is in enough.
 func (p *placer) fill(size int) {
-	f := &filler{p: p, size: size, in: make([]int, len(p.nodes)), with: make(map[[2]int]int), have: make(map[[atoll.MaxCopies]int]bool)}
+	f := &filler{p: p, size: size, in: make([]int, len(p.nodes)), with: make(map[[2]int]int), have: make(map[[atoll.MaxShards]int]bool)}
 	var retired [][]int
 	for _, set := range p.sets {
 		members, active := p.members(set)
@@ -209,7 +215,7 @@ type filler struct {
 	size int
 	in   []int          // sets that each node is in
 	with map[[2]int]int // sets that two nodes share
-	have map[[atoll.MaxCopies]int]bool
+	have map[[atoll.MaxShards]int]bool
 }
 
 // target is how many sets a node should be in.
@@ -233,7 +239,7 @@ func (f *filler) count(members []int) {
 	}
 }
 
-func setKey(members []int) (key [atoll.MaxCopies]int) {
+func setKey(members []int) (key [atoll.MaxShards]int) {
 	for k, i := range members {
 		key[k] = i + 1
 	}

@@ -64,7 +64,7 @@ func (m *Medium) Mend(ctx context.Context) (stream.Mended, []error) {
 		if err := ctx.Err(); err != nil {
 			return sum, append(bad, fmt.Errorf("mend medium %v: %w", m.id, timeout(err)))
 		}
-		got, errs := m.opts.Nodes.Mend(ctx, s, m.epoch)
+		got, errs := m.mend(ctx, s)
 		sum.Add(got)
 		if st, _, _ := m.table.at(s.Seg.Ordinal).get(); st == stateDropped || st == stateGone || st == stateVirtual {
 			continue // reclaimed meanwhile
@@ -85,6 +85,14 @@ func (m *Medium) Mend(ctx context.Context) (stream.Mended, []error) {
 	return sum, bad
 }
 
+// mend reads every copy, or shard, of a segment and repairs it.
+func (m *Medium) mend(ctx context.Context, s catalog.Sealed) (stream.Mended, []error) {
+	if shape := m.table.at(s.Seg.Ordinal).shape(); shape.IsCoded() {
+		return m.opts.Nodes.MendCoded(ctx, stream.Coded{Seg: s.Seg, Shape: shape, Unverified: s.Unverified}, m.epoch)
+	}
+	return m.opts.Nodes.Mend(ctx, s, m.epoch)
+}
+
 // doubt notes that a node's copy of a sealed segment is not known to be whole,
 // so that it is completed, by the next owner if this one cannot.
 func (m *Medium) doubt(s catalog.Sealed, id atoll.NodeID) {
@@ -99,7 +107,7 @@ func (m *Medium) doubt(s catalog.Sealed, id atoll.NodeID) {
 		r = &rare{}
 		m.table.rare[s.Seg.Ordinal] = r
 	}
-	if !slices.Contains(r.unverified, id) {
+	if !slices.Contains(r.unverified, id) && len(r.unverified) < atoll.MaxCopies { // more do not help
 		r.unverified, c.dirty = append(slices.Clone(r.unverified), id), true
 	}
 }
@@ -110,7 +118,7 @@ func (m *Medium) mendable() (list []catalog.Sealed) {
 	defer m.mu.Unlock()
 	m.table.each(func(o atoll.Ordinal, s *slot) {
 		st, lane, copyset := s.get()
-		if st != stateLive && st != stateOpen {
+		if st != stateLive && (st != stateOpen || lane == catalog.Shards) {
 			return
 		}
 		e := catalog.Sealed{Seg: atoll.SegmentID{Medium: m.id, Ordinal: o, Copyset: copyset}, Lane: lane}
@@ -156,6 +164,9 @@ func (m *Medium) checkCopies(known []catalog.Sealed, copies []stream.Copy) (bad 
 
 func (m *Medium) checkSegment(s catalog.Sealed, held []stream.Copy) (bad []error) {
 	seg, length := s.Seg, s.Length
+	if shape := m.table.at(seg.Ordinal).shape(); shape.IsCoded() {
+		length = shape.Length()
+	}
 	members, err := m.opts.Nodes.Members(seg)
 	if err != nil {
 		return []error{fmt.Errorf("segment %v: %w", seg, err)}

@@ -51,6 +51,8 @@ type Run struct {
 type compaction struct {
 	from   []atoll.Ordinal
 	remaps map[atoll.Ordinal]*remap // of every segment that has or had blocks there
+	seg    atoll.SegmentID          // coded segment that they went to, if coded is set
+	coded  *entry
 }
 
 // Pays returns the part of a segment that must be dead for compaction to pay, at
@@ -121,39 +123,43 @@ func (m *Medium) judge(o atoll.Ordinal, s *slot, usual atoll.BlockNo, total map[
 // usual returns the size of a segment of which it is not known.
 func (m *Medium) usual() atoll.BlockNo { return atoll.BlockNo(m.policy().Segment) }
 
-// victim returns a segment's id and length if it can be compacted: sealed before
+// victim returns where a segment is and its length if it can be compacted: sealed before
 // the mark and not compacted yet.
-func (m *Medium) victim(o atoll.Ordinal) (seg atoll.SegmentID, length atoll.BlockNo, err error) {
+func (m *Medium) victim(o atoll.Ordinal) (from body, length atoll.BlockNo, err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	s := m.table.at(o)
 	if s == nil {
-		return seg, 0, fmt.Errorf("compact segment %d of medium %v: %w", o, m.id, atoll.ErrNotExist)
+		return from, 0, fmt.Errorf("compact segment %d of medium %v: %w", o, m.id, atoll.ErrNotExist)
 	}
-	st, lane, copyset := s.get()
+	st, lane, _ := s.get()
 	switch {
 	case st != stateLive:
-		return seg, 0, fmt.Errorf("compact segment %d of medium %v: it is in state %d: %w", o, m.id, st, atoll.ErrNotExist)
+		return from, 0, fmt.Errorf("compact segment %d of medium %v: it is in state %d: %w", o, m.id, st, atoll.ErrNotExist)
 	case !m.before(&m.mu.man.Mark, lane, o):
-		return seg, 0, fmt.Errorf("compact segment %d of medium %v: it is newer than the mark: %w", o, m.id, atoll.ErrBusy)
+		return from, 0, fmt.Errorf("compact segment %d of medium %v: it is newer than the mark: %w", o, m.id, atoll.ErrBusy)
 	}
-	return atoll.SegmentID{Medium: m.id, Ordinal: o, Copyset: copyset}, s.length, nil
+	return s.body(m.id, o), s.length, nil
 }
 
 // Placed calls fn for the records of kinds that lie in the bytes of segment o,
 // which must be one that Victims may return, in the order of their places. A
 // record of which pieces have different logical places is told in pieces. What
 // was moved into o and has no place any more is told as if it were o's own, at a
-// place that no index names. It reads batch headers only.
+// place that no index names. It reads batch headers only, or the index of a coded
+// segment.
 func (m *Medium) Placed(ctx context.Context, o atoll.Ordinal, fn func(Placed) error) error {
 	if err := m.check(); err != nil {
 		return err
 	}
-	seg, length, err := m.victim(o)
+	from, length, err := m.victim(o)
 	if err != nil {
 		return err
 	}
-	back := m.inverse(o)
+	back, seg := m.inverse(o), from.seg
+	if from.shape.IsCoded() {
+		return m.placedCoded(ctx, from, back, fn)
+	}
 	err = m.opts.Nodes.Headers(ctx, seg, 0, length, func(h segment.Header) error {
 		if h.Next() > length {
 			return fmt.Errorf("batch of segment %v ends at %d of %d: %w", seg, h.Next(), length, atoll.ErrCorrupt)
@@ -172,6 +178,21 @@ func (m *Medium) Placed(ctx context.Context, o atoll.Ordinal, fn func(Placed) er
 	})
 	if err != nil {
 		return fmt.Errorf("look at segment %v: %w", seg, err)
+	}
+	return nil
+}
+
+// placedCoded is Placed for a coded segment.
+func (m *Medium) placedCoded(ctx context.Context, from body, back []place, fn func(Placed) error) error {
+	recs, at, err := m.readIndex(ctx, from)
+	if err != nil {
+		return fmt.Errorf("look at segment %v: %w", from.seg, err)
+	}
+	for _, rec := range recs {
+		if err := eachPiece(from.seg.Ordinal, rec, at, back, fn); err != nil {
+			return fmt.Errorf("look at segment %v: %w", from.seg, err)
+		}
+		at += atoll.BlockNo(rec.Blocks)
 	}
 	return nil
 }
@@ -244,25 +265,34 @@ func (m *Medium) Move(ctx context.Context, o atoll.Ordinal, live []Run) error {
 		return fmt.Errorf("compact segment %d of medium %v: %w", o, m.id, err)
 	}
 	defer func() { <-m.copies }()
-	seg, length, err := m.victim(o)
+	c, err := m.copier(o, live)
 	if err != nil {
 		return err
 	}
 	defer m.beginMove()()
-	c := copier{m: m, from: seg, length: length, moves: map[atoll.Ordinal][]move{}}
-	if err := c.plan(live); err != nil {
-		return fmt.Errorf("compact segment %v: %w", seg, err)
-	}
 	if err := c.copy(ctx); err != nil {
-		return fmt.Errorf("compact segment %v: %w", seg, m.note(err))
+		return fmt.Errorf("compact segment %v: %w", c.from.seg, m.note(err))
 	}
-	if err := m.commitMove(ctx, &c); err != nil {
+	if err := m.commitMove(ctx, c); err != nil {
 		return err
 	}
 	m.copied.Add(c.bytes)
 	m.metrics.moved(c.bytes)
-	m.log.Debug("segment compacted", "medium", m.id, "seg", seg, "len", length, "live", c.bytes/atoll.BlockSize)
+	m.log.Debug("segment compacted", "medium", m.id, "seg", c.from.seg, "len", c.length, "live", c.bytes/atoll.BlockSize)
 	return nil
+}
+
+// copier plans the copying of what lives in a segment.
+func (m *Medium) copier(o atoll.Ordinal, live []Run) (*copier, error) {
+	from, length, err := m.victim(o)
+	if err != nil {
+		return nil, err
+	}
+	c := &copier{m: m, from: from, length: length, moves: map[atoll.Ordinal][]move{}}
+	if err := c.plan(live); err != nil {
+		return nil, fmt.Errorf("compact segment %v: %w", from.seg, err)
+	}
+	return c, nil
 }
 
 // copied is a compaction that has copied and waits for a manifest.
@@ -293,7 +323,7 @@ func (m *Medium) commitMove(ctx context.Context, c *copier) error {
 		m.mu.Lock()
 		m.mu.copied = slices.DeleteFunc(m.mu.copied, func(q *copied) bool { return q == p })
 		m.mu.Unlock()
-		return fmt.Errorf("compact segment %v: %w: %w", c.from, atoll.ErrTimeout, ctx.Err())
+		return fmt.Errorf("compact segment %v: %w: %w", c.from.seg, atoll.ErrTimeout, ctx.Err())
 	}
 	m.mu.Lock()
 	list := m.mu.copied
@@ -305,10 +335,10 @@ func (m *Medium) commitMove(ctx context.Context, c *copier) error {
 	}
 	var from []atoll.Ordinal
 	list = slices.DeleteFunc(list, func(q *copied) bool {
-		o := q.c.from.Ordinal
+		o := q.c.from.seg.Ordinal
 		_, _, err := m.victim(o)
 		if err == nil && slices.Contains(from, o) {
-			err = fmt.Errorf("compact segment %v twice: %w", q.c.from, atoll.ErrNotExist)
+			err = fmt.Errorf("compact segment %v twice: %w", q.c.from.seg, atoll.ErrNotExist)
 		}
 		if err != nil { // someone else moved it meanwhile
 			q.end(err)
@@ -320,7 +350,13 @@ func (m *Medium) commitMove(ctx context.Context, c *copier) error {
 	if len(list) == 0 {
 		return p.err
 	}
-	err := m.writeManifest(ctx, &checkpoint{moved: &compaction{from, m.remaps(list)}})
+	moves := map[atoll.Ordinal][]move{}
+	for _, q := range list {
+		for o, some := range q.c.moves {
+			moves[o] = append(moves[o], some...)
+		}
+	}
+	err := m.writeManifest(ctx, &checkpoint{moved: &compaction{from: from, remaps: m.remapped(from, moves)}})
 	for _, q := range list {
 		q.end(err)
 	}
@@ -345,7 +381,7 @@ func (m *Medium) beginMove() (end func()) {
 // copier copies what lives in one segment.
 type copier struct {
 	m      *Medium
-	from   atoll.SegmentID
+	from   body
 	length atoll.BlockNo
 	runs   []Run
 	pieces [][]piece // of each run
@@ -380,7 +416,7 @@ func (c *copier) plan(live []Run) error {
 
 // find returns where in the segment a run lies.
 func (c *copier) find(r Run) (list []piece, err error) {
-	if r.Ordinal == c.from.Ordinal {
+	if r.Ordinal == c.from.seg.Ordinal {
 		if r.Block+r.Blocks > c.length {
 			return nil, fmt.Errorf("run %+v in a segment of %d blocks: %w", r, c.length, atoll.ErrInvalid)
 		}
@@ -393,7 +429,7 @@ func (c *copier) find(r Run) (list []piece, err error) {
 	for b, left := r.Block, r.Blocks; left > 0; {
 		o, at, n, ok := s.remap.Load().find(b)
 		n = min(n, left)
-		if !ok || o != c.from.Ordinal || at+n > c.length {
+		if !ok || o != c.from.seg.Ordinal || at+n > c.length {
 			return nil, fmt.Errorf("run %+v: block %d is not here: %w", r, b, atoll.ErrInvalid)
 		}
 		list, b, left = append(list, piece{at, n}), b+n, left-n
@@ -440,10 +476,11 @@ func (c *copier) copy(ctx context.Context) error {
 }
 
 // fit returns the number of the run behind those from number at on that go into
-// one entry.
+// one entry. What comes from a coded segment may be longer than a segment.
 func (c *copier) fit(at int) int {
-	next, blocks := at, 0
-	for next < len(c.runs) && segment.Fits(next-at+1, blocks+int(c.runs[next].Blocks)) {
+	next, blocks, most := at, 0, int(c.m.usual())/2
+	for next < len(c.runs) && segment.Fits(next-at+1, blocks+int(c.runs[next].Blocks)) &&
+		(next == at || blocks+int(c.runs[next].Blocks) <= most) {
 		blocks += int(c.runs[next].Blocks)
 		next++
 	}
@@ -484,14 +521,14 @@ func (c *copier) read(ctx context.Context, pieces []piece, dst []byte) error {
 			end, used, j = pieces[j].at+pieces[j].blocks, used+pieces[j].blocks, j+1
 		}
 		if used == end-first {
-			if err := c.m.opts.Nodes.Read(ctx, c.from, first, dst[:used.Bytes()]); err != nil {
+			if err := c.from.read(ctx, c.m.opts.Nodes, first, dst[:used.Bytes()]); err != nil {
 				return err
 			}
 			dst, i = dst[used.Bytes():], j
 			continue
 		}
 		p := scratch.Bytes()[:(end - first).Bytes()]
-		if err := c.m.opts.Nodes.Read(ctx, c.from, first, p); err != nil {
+		if err := c.from.read(ctx, c.m.opts.Nodes, first, p); err != nil {
 			return err
 		}
 		for ; i < j; i++ {
@@ -501,15 +538,13 @@ func (c *copier) read(ctx context.Context, pieces []piece, dst []byte) error {
 	return nil
 }
 
-// remaps returns the new remaps of all segments that had blocks in those that
-// were emptied.
-func (m *Medium) remaps(list []*copied) map[atoll.Ordinal]*remap {
+// remapped returns the new remaps of all segments that had blocks in those that
+// were emptied. moves tells where the blocks went.
+func (m *Medium) remapped(from []atoll.Ordinal, moves map[atoll.Ordinal][]move) map[atoll.Ordinal]*remap {
 	old := map[atoll.Ordinal]*remap{}
-	emptied := map[atoll.Ordinal]bool{}
 	m.mu.Lock()
-	for _, p := range list {
-		o := p.c.from.Ordinal
-		old[o], emptied[o] = nil, true
+	for _, o := range from {
+		old[o] = nil
 		for q := range m.table.moved[o] {
 			old[q] = m.table.at(q).remap.Load()
 		}
@@ -517,13 +552,10 @@ func (m *Medium) remaps(list []*copied) map[atoll.Ordinal]*remap {
 	m.mu.Unlock()
 	made := map[atoll.Ordinal]*remap{}
 	for q, r := range old {
-		var moves []move
-		for _, p := range list {
-			moves = append(moves, p.c.moves[q]...)
-		}
+		moves := moves[q]
 		if r != nil {
 			for _, v := range r.moves() {
-				if !emptied[v.Ordinal] {
+				if !slices.Contains(from, v.Ordinal) {
 					moves = append(moves, v)
 				}
 			}

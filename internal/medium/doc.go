@@ -46,7 +46,10 @@
 //	M8  A block's place in an index never changes: compaction copies blocks and
 //	    leaves a remap for each segment whose blocks it moved. A block moves any
 //	    number of times, its remap always names where it is now. Own records in a
-//	    compacted segment are written anew in the same manifest.
+//	    compacted segment are written anew in the same manifest. To encode is to
+//	    compact into a coded segment, which counts from the change of the head on
+//	    that brings the manifest with its remaps into force, and is made when all
+//	    of its shards are durable and were read back; unsealed it holds nothing.
 //	M9  A version is removed only when a durable manifest had marked it, and
 //	    after that no pin was found. Who reads a version pins it first, looks at
 //	    the manifest then, and takes none that is marked.

@@ -1,14 +1,17 @@
 package medium
 
 import (
+	"context"
 	"encoding/binary"
 	"fmt"
 	"hash/crc32"
+	"slices"
 	"time"
 
 	"github.com/atollstore/atoll/internal/atoll"
 	"github.com/atollstore/atoll/internal/catalog"
 	"github.com/atollstore/atoll/internal/segment"
+	"github.com/atollstore/atoll/internal/stream"
 )
 
 // Kinds of records that belong to this package.
@@ -91,7 +94,7 @@ const (
 //
 // A chunk of the segment table:
 //
-//	 0   4  magic "ATMC"   4  1  version (2)   5  3  0
+//	 0   4  magic "ATMC"   4  1  version (2, or 3 with a coded segment)   5  3  0
 //	 8   4  checksum      12  4  length
 //	16   8  medium        24  4  first ordinal  28  4  number of entries
 //	32      entries, 64 bytes each:
@@ -100,7 +103,8 @@ const (
 //	 3   1  flags: 1 = a compacted segment was removed from all nodes (new in 2)
 //	 4   4  copyset        8   4  length in blocks
 //	12   4  live blocks   16   4  size as made, in blocks, 0 not known (new in 2)
-//	20   4  0
+//	20   1  data shards of a coded segment   21   1  parity shards (new in 3)
+//	22   2  0
 //	24  20  remap         44  20  nodes with unverified copies
 const (
 	magicManifest = 0x524d5441 // "ATMR"
@@ -111,7 +115,7 @@ const (
 
 	// Newest versions of the records.
 	manifestVersion = 2
-	chunkVersion    = 2
+	chunkVersion    = 3
 	remapVersion    = 2
 	noteVersion     = 1
 	pageVersion     = 1
@@ -183,6 +187,7 @@ const (
 type entry struct {
 	State      state
 	Lane       catalog.Lane
+	Code       catalog.Code // of a coded segment, of which Length counts the data
 	Copyset    atoll.CopysetID
 	Length     atoll.BlockNo
 	Live       int32
@@ -190,6 +195,46 @@ type entry struct {
 	Remap      Ref
 	Removed    bool // virtual, and no node holds it any more
 	Unverified []atoll.NodeID
+}
+
+// codeFits reports whether the code of an entry can be that of its state.
+func (e *entry) codeFits() bool {
+	if e.Code == (catalog.Code{}) {
+		return e.Lane != catalog.Shards || e.State != stateLive && e.State != stateVirtual
+	}
+	return e.Lane == catalog.Shards && e.Length > 0 && e.shape().Check() == nil && e.shape().Blocks() == e.Length
+}
+
+// shape returns how a segment is spread.
+func (e *entry) shape() segment.Shape {
+	if e.Code.Data == 0 {
+		return segment.Shape{}
+	}
+	return segment.ShapeFor(e.Code.Data, e.Code.Parity, e.Length)
+}
+
+// body is the bytes of a segment, as nodes have them.
+type body struct {
+	seg   atoll.SegmentID
+	shape segment.Shape // of a coded one
+}
+
+// body returns where the bytes of a segment are.
+func (e *entry) body(m atoll.MediumID, o atoll.Ordinal) body {
+	return body{atoll.SegmentID{Medium: m, Ordinal: o, Copyset: e.Copyset}, e.shape()}
+}
+
+// read fills dst from a block on.
+func (b body) read(ctx context.Context, nodes *stream.Nodes, block atoll.BlockNo, dst []byte) error {
+	return b.readSums(ctx, nodes, block, dst, nil)
+}
+
+// readSums is read, and sets sums, unless nil, to the checksums of the blocks.
+func (b body) readSums(ctx context.Context, nodes *stream.Nodes, block atoll.BlockNo, dst []byte, sums []uint32) error {
+	if b.shape.IsCoded() {
+		return nodes.ReadCoded(ctx, b.seg, b.shape, block, dst, sums)
+	}
+	return nodes.ReadSums(ctx, b.seg, block, dst, sums)
 }
 
 // manifest is the decoded root of a manifest, with its versions.
@@ -391,7 +436,11 @@ func (m *manifest) versions1(q []byte, n int) error {
 
 // encodeChunk returns a chunk record in whole blocks.
 func encodeChunk(medium atoll.MediumID, first atoll.Ordinal, entries []entry) []byte {
-	p := frame(magicChunk, chunkVersion, chunkFixed+entrySize*len(entries))
+	version := byte(2)
+	if slices.ContainsFunc(entries, func(e entry) bool { return e.Code.Data != 0 }) {
+		version = chunkVersion
+	}
+	p := frame(magicChunk, version, chunkFixed+entrySize*len(entries))
 	le.PutUint64(p[16:], uint64(medium))
 	le.PutUint32(p[24:], uint32(first))
 	le.PutUint32(p[28:], uint32(len(entries)))
@@ -410,6 +459,7 @@ func putEntry(q []byte, e *entry) {
 	le.PutUint32(q[8:], uint32(e.Length))
 	le.PutUint32(q[12:], uint32(e.Live))
 	le.PutUint32(q[16:], uint32(e.Size))
+	q[20], q[21] = byte(e.Code.Data), byte(e.Code.Parity)
 	putRef(q[24:], e.Remap)
 	for i, n := range e.Unverified {
 		le.PutUint32(q[44+4*i:], uint32(n))
@@ -439,7 +489,10 @@ func parseChunk(p []byte) (medium atoll.MediumID, first atoll.Ordinal, entries [
 		if p[4] >= 2 {
 			e.Size, e.Removed = atoll.BlockNo(le.Uint32(q[16:])), q[3]&1 != 0
 		}
-		if e.State > stateVirtual || q[2] > atoll.MaxCopies || e.Lane > catalog.Bulk {
+		if p[4] >= 3 {
+			e.Code = catalog.Code{Data: int(q[20]), Parity: int(q[21])}
+		}
+		if e.State > stateVirtual || q[2] > atoll.MaxCopies || e.Lane > catalog.Shards || !e.codeFits() {
 			return 0, 0, nil, fmt.Errorf("parse chunk of a segment table: entry %d makes no sense: %w", i, atoll.ErrCorrupt)
 		}
 		for j := range int(q[2]) {

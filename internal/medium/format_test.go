@@ -46,6 +46,13 @@ func sampleEntries() []entry {
 	}
 }
 
+// codedEntries has a coded segment too, which takes version 3.
+func codedEntries() []entry {
+	return append(sampleEntries(), entry{
+		State: stateLive, Lane: catalog.Shards, Code: catalog.Code{Data: 4, Parity: 2}, Copyset: 6, Length: 65536, Size: 65536,
+	})
+}
+
 func sampleHead() *catalog.Head {
 	seg := func(o atoll.Ordinal) atoll.SegmentID { return atoll.SegmentID{Medium: 5, Ordinal: o, Copyset: 3} }
 	return &catalog.Head{
@@ -97,6 +104,17 @@ func TestFormats(t *testing.T) {
 	if err != nil || id != m.Medium || first != 513 || !reflect.DeepEqual(entries, sampleEntries()) {
 		t.Errorf("chunk: %v %v %v\n got %+v", err, id, first, entries)
 	}
+	p = encodeChunk(m.Medium, 513, codedEntries())
+	golden(t, "v3.chunk", p)
+	if _, _, entries, err := parseChunk(p); err != nil || !reflect.DeepEqual(entries, codedEntries()) {
+		t.Errorf("chunk: %v\n got %+v", err, entries)
+	}
+	runs := []Run{{Kind: FirstKind, Key: 1 << 40, Aux: 3, Blocks: 512}, {Kind: 200, Key: 2, Blocks: 1}}
+	p = encodeIndex(m.Medium, 77, runs)
+	golden(t, "v1.index", p)
+	if id, o, recs, err := parseIndex(p); err != nil || id != m.Medium || o != 77 || len(recs) != 2 || recs[0].Key != 1<<40 || recs[1].Kind != 200 {
+		t.Errorf("index: %v %d %+v, %v", id, o, recs, err)
+	}
 	p = encodeNote(sampleHead())
 	golden(t, "v1.note", p)
 	if got, err := parseNote(p); err != nil || !sameHead(*got, *sampleHead()) {
@@ -142,7 +160,8 @@ func TestFormatDamage(t *testing.T) {
 	records := map[string][]byte{
 		"manifest": sampleManifest().encode(), "chunk": encodeChunk(1, 1, sampleEntries()),
 		"note": encodeNote(sampleHead()), "remap": sampleRemap().encode(),
-		"versions": encodePage(1, 0, sampleVersions()),
+		"versions": encodePage(1, 0, sampleVersions()), "coded": encodeChunk(1, 1, codedEntries()),
+		"index": encodeIndex(1, 2, []Run{{Kind: FirstKind, Blocks: 1}}),
 	}
 	for name, p := range records {
 		n := int(le.Uint32(p[12:]))
@@ -154,7 +173,7 @@ func TestFormatDamage(t *testing.T) {
 			}
 		}
 		q := bytes.Clone(p)
-		q[4] += 1
+		q[4] = 9
 		le.PutUint32(q[8:], frameCRC(q[:n]))
 		if err := parseAny(q); !errors.Is(err, atoll.ErrVersion) {
 			t.Errorf("%s: newer version: %v", name, err)
@@ -173,6 +192,8 @@ func parseAny(p []byte) error {
 		_, err = parseNote(p)
 	case magicVersions:
 		_, _, _, err = parsePage(p)
+	case magicIndex:
+		_, _, _, err = parseIndex(p)
 	case magicRemap:
 		_, err = parseRemap(p)
 	default:

@@ -24,7 +24,7 @@ const (
 // headRegister adds an unsealed segment with the next ordinal. ErrBusy when the
 // head is full.
 func headRegister(h catalog.Head, lane catalog.Lane, copyset atoll.CopysetID, size atoll.BlockNo) (catalog.Head, atoll.SegmentID, error) {
-	if len(h.Unsealed) >= atoll.MaxUnsealed {
+	if full(h, lane) {
 		return h, atoll.SegmentID{}, fmt.Errorf("register segment %d of medium %v: %d are unsealed: %w", h.Next, h.Medium, len(h.Unsealed), atoll.ErrBusy)
 	}
 	if len(h.Sealed)+len(h.Dropped) >= maxListed {
@@ -37,6 +37,20 @@ func headRegister(h catalog.Head, lane catalog.Lane, copyset atoll.CopysetID, si
 	h.Unsealed = append(slices.Clone(h.Unsealed), catalog.Unsealed{Seg: seg, Lane: lane, Size: size})
 	h.Next++
 	return h, seg, nil
+}
+
+// full reports whether a head has no room for another unsealed segment of a lane.
+func full(h catalog.Head, lane catalog.Lane) bool {
+	n := 0
+	for _, u := range h.Unsealed {
+		if (u.Lane == catalog.Shards) == (lane == catalog.Shards) {
+			n++
+		}
+	}
+	if lane == catalog.Shards {
+		return n > 0
+	}
+	return n >= atoll.MaxUnsealed-1
 }
 
 // headSeal moves an unsealed segment to the sealed ones; one of length 0 holds

@@ -53,6 +53,7 @@ type history struct {
 	from  *model
 	begin uint64
 	note  []string
+	coded bool
 }
 
 func (h *history) log(format string, args ...any) {
@@ -162,7 +163,18 @@ func (h *history) remove(m *model) error {
 }
 
 func (h *history) compact(m *model) error {
+	if h.coded && h.rng.IntN(8) == 0 {
+		if err := h.change(m); err != nil {
+			return err
+		}
+	}
 	for range 1 + h.rng.IntN(3) {
+		if m.b.m.Info().Policy.IsCoded() && h.rng.IntN(3) > 0 {
+			if err := h.encode(m); err != nil {
+				return err
+			}
+			continue
+		}
 		o, err := m.b.compact()
 		h.log("%s compact %d: %v", m.name, o, err)
 		if err != nil || o == 0 {
@@ -170,6 +182,42 @@ func (h *history) compact(m *model) error {
 		}
 	}
 	return nil
+}
+
+// change changes how a book is kept.
+func (h *history) change(m *model) error {
+	code := []catalog.Code{{}, {Data: 2, Parity: 1}, {Data: 2, Parity: 2}, {Data: 3, Parity: 1}}[h.rng.IntN(4)]
+	h.log("%s code %v", m.name, code)
+	return m.b.m.Update(context.Background(), func(rec *catalog.Medium) { rec.Policy.Data, rec.Policy.Parity = code.Data, code.Parity })
+}
+
+// encode encodes what is to be, or a victim of compaction; with a node down that
+// fails, and nothing happened. Then it reads without a node.
+func (h *history) encode(m *model) error {
+	away := h.c.IDs()[h.rng.IntN(len(h.c.IDs()))]
+	down := h.rng.IntN(4) == 0
+	if down {
+		h.c.Kill(away)
+	}
+	var n int
+	var err error
+	if h.rng.IntN(2) == 0 {
+		n, err = m.b.encode()
+	} else {
+		var o atoll.Ordinal
+		o, err = m.b.compactCoded()
+		n = int(o)
+	}
+	h.log("%s encode %d, without node %v: %t: %v", m.name, n, away, down, err)
+	if !down {
+		if errors.Is(err, atoll.ErrUnavailable) {
+			return nil // a node that was away is not trusted yet
+		}
+		return err
+	}
+	err = readAll(m.b.m, m.b.cur)
+	h.c.Restart(away)
+	return err
 }
 
 func (h *history) fork(m *model) error {
@@ -333,16 +381,26 @@ func (h *history) resume() {
 
 // TestHistory: random histories of puts, versions, clones, views, compactions and
 // power cuts, against a plain model.
-func TestHistory(t *testing.T) {
-	seeds, points := 16, 6
+func TestHistory(t *testing.T) { histories(t, 16, 3, catalog.Code{}) }
+
+// TestHistoryCoded: the same with segments kept as shards, a code that changes, and
+// nodes that are away.
+func TestHistoryCoded(t *testing.T) { histories(t, 8, 5, catalog.Code{Data: 2, Parity: 1}) }
+
+func histories(t *testing.T, seeds, nodes int, code catalog.Code) {
+	points := 6
 	if testing.Short() {
 		seeds, points = 2, 3
 	}
 	for seed := range uint64(seeds) {
 		t.Run(fmt.Sprintf("seed%d", seed), func(t *testing.T) {
-			inBubble(t, 3, func(t *testing.T, c *mediumtest.Cluster) {
-				h := &history{t: t, c: c, rng: rand.New(rand.NewPCG(seed, 11)), o: c.Owner("life0")}
-				rec := h.o.Create("book", 24+int(seed%3)*20)
+			inBubble(t, nodes, func(t *testing.T, c *mediumtest.Cluster) {
+				h := &history{t: t, c: c, rng: rand.New(rand.NewPCG(seed, 11)), o: c.Owner("life0"), coded: code.Data > 0}
+				rec, err := medium.Create(context.Background(), h.o.Options(), catalog.Medium{
+					Name: "book", Kind: catalog.KindDB, Owner: "root",
+					Policy: catalog.Policy{Replicas: 3, Segment: 24 + 60*code.Parity + int(seed%3)*20, Data: code.Data, Parity: code.Parity},
+				})
+				must(t, err)
 				h.books = []*model{{name: "book", rec: rec, cur: values{}, versions: map[uint64]values{}, clones: map[uint64]int{}}}
 				if err := h.open(h.books[0]); err != nil {
 					t.Fatal(err)

@@ -147,6 +147,9 @@ func (m *Medium) mark() (Mark, error) {
 	m.mu.Unlock()
 	open, err := m.restingMark(ctx, &mark)
 	count := m.appended.Load()
+	if err == nil && open && count == mark.count {
+		m.pastMark(&mark)
+	}
 	if err != nil || !open || count == mark.count {
 		mark.Bulk = max(mark.Bulk, lowest(m.own.head(), catalog.Bulk))
 		return mark, err
@@ -192,6 +195,22 @@ func (m *Medium) restingMark(ctx context.Context, mark *Mark) (open bool, err er
 		mark.count = m.appended.Load()
 	}
 	return false, nil
+}
+
+// pastMark moves a mark past the segment that it is in when that is sealed, with
+// nothing of the kind's behind the mark and nothing of it unsealed: so that it can
+// be compacted. The tail is looked at before and after the head, lest something
+// was appended and sealed between the two.
+func (m *Medium) pastMark(mark *Mark) {
+	w := m.lanes[catalog.Hot].w.Load()
+	before, ok := w.Tail()
+	h := m.own.head()
+	if after, _ := w.Tail(); !ok || after != before || before.Seq < mark.Seq || lowest(h, catalog.Hot) != h.Next {
+		return
+	}
+	if m.appended.Load() == mark.count {
+		mark.Ordinal, mark.Block, mark.Seq = h.Next, 0, before.Seq
+	}
 }
 
 // lowest returns the ordinal below which every segment of a lane is sealed.

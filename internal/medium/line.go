@@ -227,8 +227,8 @@ func (f *foreign) readAs(ctx context.Context, k *known, o atoll.Ordinal, block a
 		if !ok {
 			return fmt.Errorf("read block %d of compacted segment %d of medium %v: %w", block, o, f.id, atoll.ErrNotExist)
 		}
-		some := firstSums(&sums, n)
-		if err := f.opts.Nodes.ReadSums(ctx, atoll.SegmentID{Medium: f.id, Ordinal: to, Copyset: k.entry(to).Copyset}, at, dst[:n], some); err != nil {
+		some, e := firstSums(&sums, n), k.entry(to)
+		if err := e.body(f.id, to).readSums(ctx, f.opts.Nodes, at, dst[:n], some); err != nil {
 			return err
 		}
 		dst, block = dst[n:], block+atoll.BlockNo(n/atoll.BlockSize)

@@ -221,6 +221,8 @@ func (m *Medium) draftChunk(d *draft, i int, c *chunk) {
 		e, o := &dc.entries[j], c.firstOrd+atoll.Ordinal(j)
 		*e = m.table.entryAt(c, j, dc.counts[j])
 		switch {
+		case d.encoded(o):
+			*e, dc.write = *d.ck.moved.coded, true
 		case m.unused(d, o, &c.slots[j], dc.counts[j]):
 			e.State, dc.write = stateDropped, true
 			if e.Removed {
@@ -243,6 +245,11 @@ func (m *Medium) draftChunk(d *draft, i int, c *chunk) {
 	}
 	c.dirty = false
 	d.chunks = append(d.chunks, dc)
+}
+
+// encoded reports whether a draft is the first to tell of a coded segment.
+func (d *draft) encoded(o atoll.Ordinal) bool {
+	return d.ck != nil && d.ck.moved != nil && d.ck.moved.coded != nil && d.ck.moved.seg.Ordinal == o
 }
 
 // draftRemap notes the remap of a segment that is to be written, because it is
@@ -272,8 +279,11 @@ func (m *Medium) unused(d *draft, o atoll.Ordinal, s *slot, count int32) bool {
 // before reports whether a segment of a lane was sealed before a mark, and no
 // compaction that is running writes there.
 func (m *Medium) before(mark *Mark, lane catalog.Lane, o atoll.Ordinal) bool {
-	if lane == catalog.Bulk {
+	switch lane {
+	case catalog.Bulk:
 		return o < mark.Bulk && !slices.ContainsFunc(m.mu.moving, func(from atoll.Ordinal) bool { return o >= from })
+	case catalog.Shards:
+		return true // what is in it was before
 	}
 	return o < mark.Ordinal
 }
@@ -331,7 +341,12 @@ func (m *Medium) store(ctx context.Context, lane catalog.Lane, d *draft) error {
 		return err
 	}
 	m.metrics.wrote("root", len(record))
-	err = m.own.change(ctx, func(h catalog.Head) (catalog.Head, error) {
+	err = m.own.change(ctx, func(h catalog.Head) (_ catalog.Head, err error) {
+		if d.ck != nil && d.ck.moved != nil && d.ck.moved.coded != nil {
+			if h, err = headEncoded(h, d.ck.moved.seg); err != nil {
+				return h, err
+			}
+		}
 		return headMoved(h, *ref.blockRef(m.id), d.head.Sealed, d.head.Dropped), nil
 	})
 	if err != nil {
@@ -451,6 +466,12 @@ func (m *Medium) adopt(d *draft, ref Ref, due time.Time) {
 	t.own(d.man.RootRef, +1)
 	t.ownVersions(old, -1)
 	t.ownVersions(&d.man, +1)
+	if d.ck != nil && d.ck.moved != nil && d.ck.moved.coded != nil {
+		c := t.chunkOf(d.ck.moved.seg.Ordinal)
+		dirty := c.dirty
+		t.set(d.ck.moved.seg.Ordinal, *d.ck.moved.coded)
+		c.dirty = dirty
+	}
 	m.adoptRemaps(d, due)
 	for _, dc := range d.chunks {
 		c := (*t.chunks.Load())[dc.index]

@@ -82,6 +82,7 @@ type Medium struct {
 	waiting     atomic.Int64
 	taken       atomic.Int64  // bytes by which the room of its segments grew since Open, one copy
 	copies      chan struct{} // room for those who compact at once
+	encodes     chan struct{} // room for one: whoever encodes
 	moves       chan struct{} // room for one: whoever has copied and changes the manifest
 	manifests   chan struct{} // room for one: whoever writes a manifest
 	updates     chan struct{} // room for one: whoever changes the record
@@ -281,21 +282,22 @@ func (m *Medium) read(ctx context.Context, o atoll.Ordinal, info uint64, r *rema
 	if st == stateNone || st == stateGone {
 		return fmt.Errorf("read segment %d of medium %v: %w", o, m.id, atoll.ErrNotExist)
 	}
+	own := body{seg: atoll.SegmentID{Medium: m.id, Ordinal: o, Copyset: copyset}}
 	if r == nil {
-		return m.opts.Nodes.ReadSums(ctx, atoll.SegmentID{Medium: m.id, Ordinal: o, Copyset: copyset}, block, dst, sums)
+		return own.readSums(ctx, m.opts.Nodes, block, dst, sums)
 	}
 	for len(dst) > 0 {
 		to, at, run, ok := r.find(block)
 		n := min(len(dst), int(run)*atoll.BlockSize)
-		seg := atoll.SegmentID{Medium: m.id, Ordinal: to}
+		from := own
 		if s := m.table.at(to); ok && s != nil {
-			_, _, seg.Copyset = s.get()
+			from = s.body(m.id, to)
 		} else if ok || st == stateVirtual {
 			return fmt.Errorf("read block %d of compacted segment %d of medium %v: %w", block, o, m.id, atoll.ErrNotExist)
 		} else {
-			seg, at = atoll.SegmentID{Medium: m.id, Ordinal: o, Copyset: copyset}, block
+			at = block
 		}
-		if err := m.opts.Nodes.ReadSums(ctx, seg, at, dst[:n], firstSums(&sums, n)); err != nil {
+		if err := from.readSums(ctx, m.opts.Nodes, at, dst[:n], firstSums(&sums, n)); err != nil {
 			return err
 		}
 		dst, block = dst[n:], block+atoll.BlockNo(n/atoll.BlockSize)

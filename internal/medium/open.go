@@ -8,7 +8,6 @@ import (
 
 	"github.com/atollstore/atoll/internal/atoll"
 	"github.com/atollstore/atoll/internal/catalog"
-	"github.com/atollstore/atoll/internal/stream"
 )
 
 // Create records a new medium. Its identity, name and first head come into
@@ -45,7 +44,7 @@ func Delete(ctx context.Context, opts Options, id atoll.MediumID) error {
 	// From here on it is deleted. Fencing and sealing spare the controller work
 	// and stop a late writer at once; the controller does them again anyway, and
 	// goes on when the last pin is gone.
-	if sealed, err := stream.Recover(ctx, opts.Nodes, h.Unsealed, h.Epoch); err == nil {
+	if sealed, err := recoverUnsealed(ctx, opts.Nodes, h); err == nil {
 		_ = own.change(ctx, func(h catalog.Head) (catalog.Head, error) { return headRecovered(h, sealed) })
 	}
 	if err := own.change(ctx, func(h catalog.Head) (catalog.Head, error) { return headReleased(h), nil }); err != nil && !errors.Is(err, atoll.ErrFenced) {
@@ -107,7 +106,7 @@ func newMedium(opts Options, id atoll.MediumID, h catalog.Head) *Medium {
 	m := &Medium{
 		born: time.Now(),
 		opts: opts, log: opts.Log, metrics: opts.Metrics, id: id, epoch: h.Epoch, table: newTable(),
-		manifests: make(chan struct{}, 1), copies: make(chan struct{}, maxMoves), moves: make(chan struct{}, 1), updates: make(chan struct{}, 1), lost: make(chan struct{}),
+		manifests: make(chan struct{}, 1), copies: make(chan struct{}, maxMoves), moves: make(chan struct{}, 1), encodes: make(chan struct{}, 1), updates: make(chan struct{}, 1), lost: make(chan struct{}),
 		keeps: make(chan struct{}, 1), sweeps: make(chan struct{}, 1),
 	}
 	m.own = newOwner(opts.Catalog, h, m.lose)
@@ -126,8 +125,8 @@ func (m *Medium) recover(ctx context.Context) error {
 	}
 	m.info.Store(&rec)
 	m.line.Store(newLine(m.opts, rec))
-	if left := m.own.head().Unsealed; len(left) > 0 {
-		sealed, err := stream.Recover(ctx, m.opts.Nodes, left, m.epoch)
+	if h := m.own.head(); len(h.Unsealed) > 0 {
+		sealed, err := recoverUnsealed(ctx, m.opts.Nodes, h)
 		if err != nil {
 			return err
 		}

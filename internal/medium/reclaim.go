@@ -8,6 +8,7 @@ import (
 
 	"github.com/atollstore/atoll/internal/atoll"
 	"github.com/atollstore/atoll/internal/catalog"
+	"github.com/atollstore/atoll/internal/stream"
 )
 
 // guard ends the writers as soon as ownership is lost, so that nobody waits for
@@ -195,7 +196,7 @@ func (m *Medium) completeCopies(ctx context.Context) {
 		if ctx.Err() != nil || !m.Valid() {
 			return
 		}
-		still, err := m.opts.Nodes.Complete(ctx, s, m.epoch)
+		still, err := m.complete(ctx, s)
 		if slices.Equal(still, s.Unverified) {
 			m.log.Debug("copies not completed", "medium", m.id, "seg", s.Seg, "err", err)
 			continue
@@ -207,6 +208,14 @@ func (m *Medium) completeCopies(ctx context.Context) {
 		m.setUnverified(s.Seg.Ordinal, still)
 		m.log.Info("copies completed", "medium", m.id, "seg", s.Seg, "left", len(still))
 	}
+}
+
+// complete brings the unverified copies, or shards, of a segment to its length.
+func (m *Medium) complete(ctx context.Context, s catalog.Sealed) (still []atoll.NodeID, err error) {
+	if shape := m.table.at(s.Seg.Ordinal).shape(); shape.IsCoded() {
+		return m.opts.Nodes.CompleteCoded(ctx, stream.Coded{Seg: s.Seg, Shape: shape, Unverified: s.Unverified}, m.epoch)
+	}
+	return m.opts.Nodes.Complete(ctx, s, m.epoch)
 }
 
 // unverified lists the segments that have copies not known to be whole.

@@ -57,7 +57,7 @@ func (m *Medium) room() (Room, float64) {
 		return Room{Segment: size}, 0
 	}
 	slices.SortFunc(list, func(a, b node) int { return cmp.Compare(b.free, a.free) })
-	copies := min(len(list), max(policy.Replicas, 1))
+	copies := min(len(list), max(policy.Replicas, policy.Data+policy.Parity, 1))
 	n := list[copies-1]
 	n.free -= m.grown(seen) * int64(copies) / int64(len(list))
 	r := Room{Total: n.total, Free: n.free, Open: m.unfilled(), Coming: m.coming(), Segment: size}

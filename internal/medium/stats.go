@@ -16,6 +16,8 @@ type Stats struct {
 	Live        int64 // bytes that the kind references
 	Taken       int64 // bytes that its segments take on disks, one copy
 	Waiting     int64 // of Taken, by sealed segments that only a newer mark lets compact or drop
+	Coded       int64 // bytes in coded segments, without parity
+	Raw         int64 // bytes of sealed segments on all nodes together, with those to be removed
 	Stored      int64 // bytes in sealed segments, one copy, with those to be removed
 	Dead        int64 // of Stored, bytes that nothing references, with headers of batches
 	Reclaimable int64 // of Dead, bytes in segments that Victims could return, or that are to be removed
@@ -43,6 +45,7 @@ func (m *Medium) Stats() Stats {
 
 func (m *Medium) addStats(s *Stats, o atoll.Ordinal, sl *slot, usual atoll.BlockNo, total map[atoll.Ordinal]int32) {
 	st, lane, _ := sl.get()
+	m.addRaw(s, o, sl, st)
 	if r := m.table.rare[o]; st != stateGone && (st != stateVirtual || r == nil || !r.removed) {
 		s.Taken += sl.taken(usual).Bytes()
 	}
@@ -74,6 +77,23 @@ func (m *Medium) addStats(s *Stats, o atoll.Ordinal, sl *slot, usual atoll.Block
 	if r := m.table.rare[o]; r != nil && (st == stateLive || st == stateOpen) {
 		s.Unverified += len(r.unverified)
 	}
+}
+
+// addRaw counts what a sealed segment takes on all nodes together.
+func (m *Medium) addRaw(s *Stats, o atoll.Ordinal, sl *slot, st state) {
+	r := m.table.rare[o]
+	if st == stateNone || st == stateOpen || st == stateGone || st == stateVirtual && r != nil && r.removed {
+		return
+	}
+	if shape := sl.shape(); shape.IsCoded() {
+		s.Raw += int64(shape.Shards()) * shape.Length().Bytes()
+		if st == stateLive {
+			s.Coded += sl.length.Bytes()
+		}
+		return
+	}
+	_, _, copyset := sl.get()
+	s.Raw += int64(len(m.opts.Catalog.State().Copysets[copyset].Nodes)) * sl.length.Bytes()
 }
 
 // observe brings the shared gauges up to date; whoever writes manifests calls

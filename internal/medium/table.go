@@ -6,6 +6,7 @@ import (
 
 	"github.com/atollstore/atoll/internal/atoll"
 	"github.com/atollstore/atoll/internal/catalog"
+	"github.com/atollstore/atoll/internal/segment"
 )
 
 // table is the segment table in memory: dense by ordinal, in chunks as on disk.
@@ -31,7 +32,7 @@ type chunk struct {
 
 // slot is one segment.
 type slot struct {
-	info   atomic.Uint64 // copyset, lane and state
+	info   atomic.Uint64 // copyset, code, lane and state
 	live   atomic.Int32  // blocks the kind references, now
 	hold   atomic.Int32  // reasons of the kind to keep it although not referenced
 	length atoll.BlockNo
@@ -53,8 +54,8 @@ func (r *rare) plain() bool {
 	return r.remap.IsZero() && len(r.unverified) == 0 && !r.removed
 }
 
-func packInfo(s state, l catalog.Lane, c atoll.CopysetID) uint64 {
-	return uint64(c)<<32 | uint64(l)<<8 | uint64(s)
+func packInfo(s state, l catalog.Lane, code catalog.Code, c atoll.CopysetID) uint64 {
+	return uint64(c)<<32 | uint64(code.Parity)<<24 | uint64(code.Data)<<16 | uint64(l)<<8 | uint64(s)
 }
 
 func (s *slot) get() (st state, lane catalog.Lane, copyset atoll.CopysetID) {
@@ -62,9 +63,29 @@ func (s *slot) get() (st state, lane catalog.Lane, copyset atoll.CopysetID) {
 	return state(v), catalog.Lane(v >> 8), atoll.CopysetID(v >> 32)
 }
 
-func (s *slot) setState(st state) {
-	_, lane, copyset := s.get()
-	s.info.Store(packInfo(st, lane, copyset))
+func (s *slot) setState(st state) { s.info.Store(s.info.Load()&^0xff | uint64(st)) }
+
+// code returns the code of a coded segment, zero for others.
+func (s *slot) code() catalog.Code {
+	v := s.info.Load()
+	return catalog.Code{Data: int(v >> 16 & 0xff), Parity: int(v >> 24 & 0xff)}
+}
+
+// shape returns how a segment is spread. The length of a coded one is there
+// before its code and never changes.
+func (s *slot) shape() segment.Shape {
+	code := s.code()
+	if code.Data == 0 {
+		return segment.Shape{}
+	}
+	return segment.ShapeFor(code.Data, code.Parity, s.length)
+}
+
+// body returns where the bytes of a segment are.
+func (s *slot) body(m atoll.MediumID, o atoll.Ordinal) body {
+	shape := s.shape()
+	_, _, copyset := s.get()
+	return body{atoll.SegmentID{Medium: m, Ordinal: o, Copyset: copyset}, shape}
 }
 
 func newTable() *table {
@@ -119,7 +140,9 @@ func (t *table) set(o atoll.Ordinal, e entry) {
 		return
 	}
 	s := &c.slots[(o-1)%chunkEntries]
-	s.length = e.Length
+	if s.length != e.Length { // a reader may have it in hand
+		s.length = e.Length
+	}
 	if e.Size != 0 {
 		s.size = e.Size
 	}
@@ -129,7 +152,7 @@ func (t *table) set(o atoll.Ordinal, e entry) {
 	} else {
 		t.rare[o] = r
 	}
-	s.info.Store(packInfo(e.State, e.Lane, e.Copyset))
+	s.info.Store(packInfo(e.State, e.Lane, e.Code, e.Copyset))
 	c.used = max(c.used, int((o-1)%chunkEntries)+1)
 	c.dirty = true
 }
@@ -147,7 +170,7 @@ func (t *table) count(o atoll.Ordinal, delta int) {
 func (t *table) entryAt(c *chunk, i int, live int32) entry {
 	s := &c.slots[i]
 	st, lane, copyset := s.get()
-	e := entry{State: st, Lane: lane, Copyset: copyset, Length: s.length, Size: s.size, Live: live}
+	e := entry{State: st, Lane: lane, Code: s.code(), Copyset: copyset, Length: s.length, Size: s.size, Live: live}
 	if r := t.rare[c.firstOrd+atoll.Ordinal(i)]; r != nil {
 		e.Remap, e.Unverified, e.Removed = r.remap, r.unverified, r.removed
 	}
@@ -274,6 +297,9 @@ func (t *table) setRemap(o atoll.Ordinal, ref Ref, r *remap) {
 // taken returns about what a segment takes on disks. usual is the size of those
 // of which it is not known.
 func (s *slot) taken(usual atoll.BlockNo) atoll.BlockNo {
+	if s.code().Data != 0 {
+		return s.length
+	}
 	if s.size != 0 {
 		usual = s.size
 	}

@@ -65,8 +65,9 @@ var (
 // CRC returns the CRC32C (Castagnoli) of p.
 func CRC(p []byte) uint32 { return crc32.Checksum(p, castagnoli) }
 
-// Kind says what a record means. Kinds below 16 belong to package medium, from
-// 16 on to the kinds of media. A node does not look at them.
+// Kind says what a record means. Kinds below 15 belong to package medium, 15 is
+// KindShard, and from 16 on they belong to the kinds of media. A node does not
+// look at them.
 type Kind uint8
 
 // Record describes a record: what a medium writes in one piece.

@@ -214,11 +214,8 @@ func (b *backend) CreateVolume(ctx context.Context, r *atollv1.CreateVolumeReque
 	if err != nil {
 		return nil, err
 	}
-	replicas := int(r.Replicas)
-	if replicas == 0 {
-		replicas = b.s.defaultReplicas()
-	}
-	if err := b.checkReplicas(replicas); err != nil {
+	policy, err := b.redundancy(r.Redundancy, int(r.Replicas))
+	if err != nil {
 		return nil, err
 	}
 	if err := b.checkParent(ctx, r.Name, r.NoParents); err != nil {
@@ -226,7 +223,7 @@ func (b *backend) CreateVolume(ctx context.Context, r *atollv1.CreateVolumeReque
 	}
 	m := catalog.Medium{
 		Name: r.Name, Kind: catalog.KindVolume, State: catalog.MediumLive, Owner: cmp.Or(r.Owner, catalog.Root), Size: r.SizeBytes,
-		Policy: catalog.Policy{Replicas: replicas}, Created: time.Now().UTC(), Props: newProps(r),
+		Policy: policy, Created: time.Now().UTC(), Props: newProps(r),
 	}
 	if err := storeLimits(&m, limits); err != nil {
 		return nil, err
@@ -268,13 +265,7 @@ func (b *backend) checkReplicas(n int) error {
 	if n < 1 || n > atoll.MaxCopies {
 		return fmt.Errorf("%d copies: want 1 to %d: %w", n, atoll.MaxCopies, atoll.ErrInvalid)
 	}
-	have := 0
-	for _, node := range b.s.cat.State().Nodes {
-		if node.State == catalog.NodeActive {
-			have++
-		}
-	}
-	if n > have {
+	if have := b.activeNodes(); n > have {
 		return api.WithHint(fmt.Errorf("%d copies need as many nodes, there are %d: %w", n, have, atoll.ErrInvalid),
 			"ask for fewer copies or add nodes")
 	}
@@ -388,7 +379,7 @@ func (b *backend) describe(r catalog.Medium) *atollv1.Volume { return b.describe
 
 func (b *backend) describeAt(g glance, r catalog.Medium) *atollv1.Volume {
 	v := &atollv1.Volume{
-		Id: r.ID.String(), Name: r.Name, SizeBytes: r.Size, Replicas: int32(r.Policy.Replicas), Cache: r.Props[propCache],
+		Id: r.ID.String(), Name: r.Name, SizeBytes: r.Size, Replicas: int32(r.Policy.Replicas), Redundancy: r.Policy.Redundancy(), Cache: r.Props[propCache],
 		Created: timestamppb.New(r.Created), Owner: r.Owner, Urls: b.urls(r.Name), Description: r.Props[propDescription],
 		Connections: g.connections[r.Name], Properties: freeProps(r), Limits: limitsMessage(limitsOf(r)), Schedule: r.Props[propSchedule],
 	}
@@ -412,6 +403,7 @@ func describeOpen(v *atollv1.Volume, o *openVolume) {
 	// What open segments hold since before the mark is in neither of the two, but all
 	// that lives is in some segment.
 	v.LogBytes, v.LiveBytes, v.Segments = proto.Int64(max(ms.Stored+ms.Log, ms.Live)), proto.Int64(ms.Live), proto.Int32(int32(ms.Segments))
+	v.CodedBytes, v.RawBytes = proto.Int64(ms.Coded), proto.Int64(ms.Raw)
 	v.ReclaimableBytes, v.ShortSegments = proto.Int64(ms.Reclaimable), proto.Int32(int32(ms.Unverified))
 	seen := visible(st)
 	v.Release, v.Versions, v.Last = proto.Uint64(st.Release), proto.Int32(int32(len(seen))), proto.Uint64(0)

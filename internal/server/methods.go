@@ -23,6 +23,10 @@ func volumesResize(c *api.Client) method[atollv1.ResizeVolumeRequest, atollv1.Vo
 	return c.Volumes.ResizeVolume
 }
 
+func volumesRedundancy(c *api.Client) method[atollv1.SetRedundancyRequest, atollv1.Volume] {
+	return c.Volumes.SetRedundancy
+}
+
 func volumesDelete(c *api.Client) method[atollv1.DeleteVolumeRequest, atollv1.DeleteVolumeResponse] {
 	return c.Volumes.DeleteVolume
 }

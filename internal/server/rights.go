@@ -169,6 +169,8 @@ func ruleVolumes(ctx context.Context, r rights, request any) (known bool, err er
 		return true, r.place(ctx, q.Name)
 	case *atollv1.GetVolumeRequest:
 		return true, r.own(ctx, q.Name)
+	case *atollv1.SetRedundancyRequest:
+		return true, r.own(ctx, q.Name)
 	case *atollv1.ResizeVolumeRequest:
 		return true, r.own(ctx, q.Name)
 	case *atollv1.DeleteVolumeRequest:

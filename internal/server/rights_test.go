@@ -77,6 +77,7 @@ func TestRights(t *testing.T) {
 		{true, false, &atollv1.GetVolumeRequest{Name: "disk"}},
 		{true, true, &atollv1.GetVolumeRequest{Name: "none"}}, // the call says what is missing
 		{true, false, &atollv1.ResizeVolumeRequest{Name: "disk"}},
+		{true, false, &atollv1.SetRedundancyRequest{Name: "disk"}},
 		{true, false, &atollv1.DeleteVolumeRequest{Name: "hers/disk"}},
 		{true, false, &atollv1.DeleteVolumeRequest{Name: "disk", Now: true}},
 		{true, false, &atollv1.CheckVolumeRequest{Name: "disk"}},

@@ -403,6 +403,12 @@ func (v *volumeSet) tidy(ctx context.Context) {
 // closeIdle closes a volume that had no user for a while.
 func (v *volumeSet) closeIdle(o *openVolume, idle time.Duration) bool {
 	v.mu.Lock()
+	since := time.Since(o.idle)
+	v.mu.Unlock()
+	if idle > 0 && since < recodeWait && o.recoding() {
+		return false
+	}
+	v.mu.Lock()
 	gone := o.refs == 0 && o.staging == nil && time.Since(o.idle) >= idle && v.mu.open[o.id] == o
 	if gone {
 		v.remove(o)

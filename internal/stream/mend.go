@@ -114,7 +114,15 @@ func (n *Nodes) mendCopy(ctx context.Context, s catalog.Sealed, epoch atoll.Epoc
 		sum.Damaged += int64(r.Blocks)
 		n.mendRun(ctx, s.Seg, members, id, r)
 	}
-	after, err := node.Verify(ctx, s.Seg)
+	if sum, err = n.mended(ctx, s.Seg, node, id, sum); err != nil {
+		return sum, err
+	}
+	return n.mendLength(ctx, s, epoch, id, v, sum)
+}
+
+// mended verifies a copy again after a repair.
+func (n *Nodes) mended(ctx context.Context, seg atoll.SegmentID, node wire.Node, id atoll.NodeID, sum Mended) (Mended, error) {
+	after, err := node.Verify(ctx, seg)
 	if err != nil {
 		return sum, err
 	}
@@ -128,8 +136,8 @@ func (n *Nodes) mendCopy(ctx context.Context, s catalog.Sealed, epoch atoll.Epoc
 		r := after.Damaged[0]
 		return sum, fmt.Errorf("%d blocks are damaged, the first at %d, and no other copy has them: %w", left, r.Block, atoll.ErrCorrupt)
 	}
-	n.log.Info("copy repaired", "seg", s.Seg, "node", id, "len", sum.Repaired)
-	return n.mendLength(ctx, s, epoch, id, after, sum)
+	n.log.Info("copy repaired", "seg", seg, "node", id, "len", sum.Repaired)
+	return sum, nil
 }
 
 func (n *Nodes) countMended(repaired, left int64) {

@@ -15,6 +15,7 @@ type Metrics struct {
 	rolls, breaks, suspects prometheus.Counter
 	short                   prometheus.Counter
 	hedges, failovers       prometheus.Counter
+	rebuilds, encoded       prometheus.Counter
 	repairs, repairFailures prometheus.Counter
 	repairBytes             prometheus.Counter
 	recoveries              prometheus.Counter
@@ -46,6 +47,8 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 		short:          counter("segment_short_total", "Segments opened with fewer copies than their policy asks for."),
 		hedges:         counter("read_hedges_total", "Reads sent to a second copy because the first was slow."),
 		failovers:      counter("read_failovers_total", "Reads that another copy answered after an error."),
+		rebuilds:       counter("read_rebuilds_total", "Reads of coded segments reckoned from other shards."),
+		encoded:        counter("encoded_bytes_total", "Bytes of coded segments written, without parity."),
 		repairs:        counter("read_repairs_total", "Damaged ranges repaired in place from another copy."),
 		repairFailures: counter("read_repair_failures_total", "Damaged ranges that could not be repaired."),
 		repairBytes:    counter("repair_bytes_total", "Bytes copied to complete or repair copies."),

@@ -11,6 +11,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/klauspost/reedsolomon"
+
 	"github.com/atollstore/atoll/internal/atoll"
 	"github.com/atollstore/atoll/internal/catalog"
 	"github.com/atollstore/atoll/internal/wire"
@@ -57,6 +59,7 @@ type Nodes struct {
 		suspects     map[atoll.NodeID]*suspicion
 		rng          *rand.Rand
 		repairing    map[repairJob]bool
+		coders       map[[2]int]reedsolomon.Encoder // by data and parity shards
 	}
 }
 
@@ -95,6 +98,7 @@ func NewNodes(o NodesOptions) *Nodes {
 	n.mu.peers = make(map[atoll.NodeID]*peer)
 	n.mu.suspects = make(map[atoll.NodeID]*suspicion)
 	n.mu.repairing = make(map[repairJob]bool)
+	n.mu.coders = make(map[[2]int]reedsolomon.Encoder)
 	n.mu.rng = rand.New(rand.NewPCG(o.Seed, o.Seed^0x9e3779b97f4a7c15))
 	n.wg.Go(n.runRepairs)
 	return n

@@ -32,7 +32,7 @@ func TestReadRepairsDamage(t *testing.T) {
 					t.Fatal("damaged bytes were served")
 				}
 			}
-			c.view.repairSoon(repairJob{n.id, e.Seg(), e.Block(0), 3})
+			c.view.repairSoon(repairJob{node: n.id, seg: e.Seg(), block: e.Block(0), blocks: 3})
 			synctest.Wait()
 			if !bytes.Equal(n.data(e.Seg()), good) {
 				t.Errorf("node %v was not repaired", n.id)

@@ -112,7 +112,7 @@ func (n *Nodes) readFrom(ctx context.Context, p *peer, seg atoll.SegmentID, bloc
 	p.load.end(n.epoch, began, len(dst))
 	if err != nil {
 		if errors.Is(err, atoll.ErrCorrupt) {
-			n.repairSoon(repairJob{p.id, seg, block, atoll.BlockNo(len(dst) / atoll.BlockSize)})
+			n.repairSoon(repairJob{p.id, seg, block, atoll.BlockNo(len(dst) / atoll.BlockSize), segment.Shape{}})
 		}
 		return fmt.Errorf("node %v: %w", p.id, err)
 	}

@@ -21,6 +21,7 @@ type repairJob struct {
 	seg    atoll.SegmentID
 	block  atoll.BlockNo
 	blocks atoll.BlockNo
+	shape  segment.Shape // of a coded segment
 }
 
 // repairSoon queues a repair. When the queue is full it is left to the next
@@ -77,6 +78,9 @@ func (n *Nodes) noteRepair(j repairJob, err error) {
 func (n *Nodes) repair(j repairJob) error {
 	ctx, cancel := context.WithTimeout(n.ctx, atoll.RequestTimeout)
 	defer cancel()
+	if j.shape.IsCoded() {
+		return n.repairShard(ctx, j)
+	}
 	target, err := n.Node(j.node)
 	if err != nil {
 		return err
@@ -107,6 +111,23 @@ func (n *Nodes) repair(j repairJob) error {
 		return err
 	}
 	return target.Read(ctx, j.seg, j.block, buf.Bytes())
+}
+
+// repairShard is repair for a shard.
+func (n *Nodes) repairShard(ctx context.Context, j repairJob) error {
+	ids, err := n.shards(j.seg, j.shape)
+	if err != nil {
+		return err
+	}
+	shard := slices.Index(ids, j.node)
+	if shard < 0 {
+		return fmt.Errorf("node %v has no shard of segment %v any more: %w", j.node, j.seg, atoll.ErrNotExist)
+	}
+	m, err := n.mender(ctx, j.seg, j.shape, shard, j.node)
+	if err != nil {
+		return err
+	}
+	return m.mend(ctx, wire.Run{Block: j.block, Blocks: j.blocks})
 }
 
 // sizeFor returns the size that a copy of a sealed segment is created with.
@@ -175,7 +196,7 @@ func (n *Nodes) completeOne(ctx context.Context, s catalog.Sealed, epoch atoll.E
 		return err
 	}
 	sources := n.sources(ctx, s, members, id)
-	at, err := openCopy(ctx, node, s, epoch, len(sources) > 0)
+	at, err := openCopy(ctx, node, s, epoch, sizeFor(s.Length), len(sources) > 0)
 	if err != nil {
 		return err
 	}
@@ -187,15 +208,15 @@ func (n *Nodes) completeOne(ctx context.Context, s catalog.Sealed, epoch atoll.E
 	if err := node.Seal(ctx, s.Seg, epoch, s.Length); err != nil {
 		return err
 	}
-	return readBack(ctx, node, s)
+	return readBack(ctx, node, s.Seg, s.Length)
 }
 
-// openCopy makes a copy ready to be completed and returns how much of it is
-// there. A copy that is of no use is made anew. A node does not take a segment
+// openCopy makes a copy, of size blocks, ready to be completed and returns how
+// much of it is there. A copy that is of no use is made anew. A node does not take a segment
 // back under the epoch that deleted it, so one that had to be deleted under the
 // caller's own epoch stays unverified until the next owner comes. Nothing is
 // thrown away unless another copy can give it back.
-func openCopy(ctx context.Context, node wire.Node, s catalog.Sealed, epoch atoll.Epoch, replaceable bool) (atoll.BlockNo, error) {
+func openCopy(ctx context.Context, node wire.Node, s catalog.Sealed, epoch atoll.Epoch, size atoll.BlockNo, replaceable bool) (atoll.BlockNo, error) {
 	before := s.Seg
 	before.Copyset--
 	list, err := node.List(ctx, before, 1)
@@ -203,7 +224,7 @@ func openCopy(ctx context.Context, node wire.Node, s catalog.Sealed, epoch atoll
 		return 0, err
 	}
 	if len(list) == 0 || list[0].Seg != s.Seg {
-		if err := node.Create(ctx, s.Seg, epoch, sizeFor(s.Length)); err == nil {
+		if err := node.Create(ctx, s.Seg, epoch, size); err == nil {
 			return 0, nil
 		} else if !isExist(err) {
 			return 0, err
@@ -216,7 +237,7 @@ func openCopy(ctx context.Context, node wire.Node, s catalog.Sealed, epoch atoll
 	if tail.Grade > wire.Absent && (!tail.Sealed || tail.Length == s.Length) {
 		return tail.Length, nil
 	}
-	if err := node.Create(ctx, s.Seg, epoch, sizeFor(s.Length)); !isExist(err) {
+	if err := node.Create(ctx, s.Seg, epoch, size); !isExist(err) {
 		return 0, err // made, where only the file was lost; or not to be made
 	}
 	if !replaceable {
@@ -225,7 +246,7 @@ func openCopy(ctx context.Context, node wire.Node, s catalog.Sealed, epoch atoll
 	if err := node.Delete(ctx, s.Seg, epoch); err != nil {
 		return 0, err
 	}
-	return 0, node.Create(ctx, s.Seg, epoch, sizeFor(s.Length))
+	return 0, node.Create(ctx, s.Seg, epoch, size)
 }
 
 // sources returns the members other than id that hold the whole sealed length,
@@ -265,13 +286,13 @@ func (n *Nodes) copyFromAny(ctx context.Context, s catalog.Sealed, epoch atoll.E
 }
 
 // readBack verifies every block of a copy: only what was read counts as whole.
-func readBack(ctx context.Context, node wire.Node, s catalog.Sealed) error {
-	v, err := node.Verify(ctx, s.Seg)
+func readBack(ctx context.Context, node wire.Node, seg atoll.SegmentID, length atoll.BlockNo) error {
+	v, err := node.Verify(ctx, seg)
 	if err != nil {
 		return err
 	}
-	if len(v.Damaged) > 0 || v.Blocks < s.Length {
-		return fmt.Errorf("read back %d of %d blocks, %d damaged runs: %w", v.Blocks, s.Length, len(v.Damaged), atoll.ErrCorrupt)
+	if len(v.Damaged) > 0 || v.Blocks < length {
+		return fmt.Errorf("read back %d of %d blocks, %d damaged runs: %w", v.Blocks, length, len(v.Damaged), atoll.ErrCorrupt)
 	}
 	return nil
 }

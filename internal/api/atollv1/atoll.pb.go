@@ -1299,8 +1299,11 @@ type Volume struct {
 	Limits           *Limits                `protobuf:"bytes,24,opt,name=limits,proto3" json:"limits,omitempty"`
 	Schedule         string                 `protobuf:"bytes,25,opt,name=schedule,proto3" json:"schedule,omitempty"`
 	ReclaimableBytes *int64                 `protobuf:"varint,26,opt,name=reclaimable_bytes,json=reclaimableBytes,proto3,oneof" json:"reclaimable_bytes,omitempty"`
-	Expires          *timestamppb.Timestamp `protobuf:"bytes,27,opt,name=expires,proto3" json:"expires,omitempty"`                       // of one in the trash
-	KeptBytes        int64                  `protobuf:"varint,28,opt,name=kept_bytes,json=keptBytes,proto3" json:"kept_bytes,omitempty"` // that its deleted parents take, one copy; only of one volume that was asked for
+	Expires          *timestamppb.Timestamp `protobuf:"bytes,27,opt,name=expires,proto3" json:"expires,omitempty"`                                // of one in the trash
+	KeptBytes        int64                  `protobuf:"varint,28,opt,name=kept_bytes,json=keptBytes,proto3" json:"kept_bytes,omitempty"`          // that its deleted parents take, one copy; only of one volume that was asked for
+	Redundancy       string                 `protobuf:"bytes,29,opt,name=redundancy,proto3" json:"redundancy,omitempty"`                          // replicas=N or ec=K+M
+	CodedBytes       *int64                 `protobuf:"varint,30,opt,name=coded_bytes,json=codedBytes,proto3,oneof" json:"coded_bytes,omitempty"` // of log_bytes, in coded segments, without parity
+	RawBytes         *int64                 `protobuf:"varint,31,opt,name=raw_bytes,json=rawBytes,proto3,oneof" json:"raw_bytes,omitempty"`       // that its sealed segments take on all nodes together
 	unknownFields    protoimpl.UnknownFields
 	sizeCache        protoimpl.SizeCache
 }
@@ -1531,6 +1534,27 @@ func (x *Volume) GetKeptBytes() int64 {
 	return 0
 }
 
+func (x *Volume) GetRedundancy() string {
+	if x != nil {
+		return x.Redundancy
+	}
+	return ""
+}
+
+func (x *Volume) GetCodedBytes() int64 {
+	if x != nil && x.CodedBytes != nil {
+		return *x.CodedBytes
+	}
+	return 0
+}
+
+func (x *Volume) GetRawBytes() int64 {
+	if x != nil && x.RawBytes != nil {
+		return *x.RawBytes
+	}
+	return 0
+}
+
 type CreateVolumeRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -1542,6 +1566,7 @@ type CreateVolumeRequest struct {
 	NoParents     bool                   `protobuf:"varint,7,opt,name=no_parents,json=noParents,proto3" json:"no_parents,omitempty"` // fail when the directory is not there
 	Properties    map[string]string      `protobuf:"bytes,8,rep,name=properties,proto3" json:"properties,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	Limits        *Limits                `protobuf:"bytes,9,opt,name=limits,proto3" json:"limits,omitempty"`
+	Redundancy    string                 `protobuf:"bytes,10,opt,name=redundancy,proto3" json:"redundancy,omitempty"` // replicas=N or ec=K+M, instead of replicas
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1639,6 +1664,65 @@ func (x *CreateVolumeRequest) GetLimits() *Limits {
 	return nil
 }
 
+func (x *CreateVolumeRequest) GetRedundancy() string {
+	if x != nil {
+		return x.Redundancy
+	}
+	return ""
+}
+
+type SetRedundancyRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Redundancy    string                 `protobuf:"bytes,2,opt,name=redundancy,proto3" json:"redundancy,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetRedundancyRequest) Reset() {
+	*x = SetRedundancyRequest{}
+	mi := &file_atoll_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetRedundancyRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetRedundancyRequest) ProtoMessage() {}
+
+func (x *SetRedundancyRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetRedundancyRequest.ProtoReflect.Descriptor instead.
+func (*SetRedundancyRequest) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *SetRedundancyRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *SetRedundancyRequest) GetRedundancy() string {
+	if x != nil {
+		return x.Redundancy
+	}
+	return ""
+}
+
 type ListVolumesRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	After         string                 `protobuf:"bytes,1,opt,name=after,proto3" json:"after,omitempty"`
@@ -1649,7 +1733,7 @@ type ListVolumesRequest struct {
 
 func (x *ListVolumesRequest) Reset() {
 	*x = ListVolumesRequest{}
-	mi := &file_atoll_proto_msgTypes[20]
+	mi := &file_atoll_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1661,7 +1745,7 @@ func (x *ListVolumesRequest) String() string {
 func (*ListVolumesRequest) ProtoMessage() {}
 
 func (x *ListVolumesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[20]
+	mi := &file_atoll_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1674,7 +1758,7 @@ func (x *ListVolumesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListVolumesRequest.ProtoReflect.Descriptor instead.
 func (*ListVolumesRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{20}
+	return file_atoll_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ListVolumesRequest) GetAfter() string {
@@ -1701,7 +1785,7 @@ type ListVolumesResponse struct {
 
 func (x *ListVolumesResponse) Reset() {
 	*x = ListVolumesResponse{}
-	mi := &file_atoll_proto_msgTypes[21]
+	mi := &file_atoll_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1713,7 +1797,7 @@ func (x *ListVolumesResponse) String() string {
 func (*ListVolumesResponse) ProtoMessage() {}
 
 func (x *ListVolumesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[21]
+	mi := &file_atoll_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1726,7 +1810,7 @@ func (x *ListVolumesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListVolumesResponse.ProtoReflect.Descriptor instead.
 func (*ListVolumesResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{21}
+	return file_atoll_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ListVolumesResponse) GetVolumes() []*Volume {
@@ -1753,7 +1837,7 @@ type GetVolumeRequest struct {
 
 func (x *GetVolumeRequest) Reset() {
 	*x = GetVolumeRequest{}
-	mi := &file_atoll_proto_msgTypes[22]
+	mi := &file_atoll_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1765,7 +1849,7 @@ func (x *GetVolumeRequest) String() string {
 func (*GetVolumeRequest) ProtoMessage() {}
 
 func (x *GetVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[22]
+	mi := &file_atoll_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1778,7 +1862,7 @@ func (x *GetVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetVolumeRequest.ProtoReflect.Descriptor instead.
 func (*GetVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{22}
+	return file_atoll_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *GetVolumeRequest) GetName() string {
@@ -1806,7 +1890,7 @@ type ResizeVolumeRequest struct {
 
 func (x *ResizeVolumeRequest) Reset() {
 	*x = ResizeVolumeRequest{}
-	mi := &file_atoll_proto_msgTypes[23]
+	mi := &file_atoll_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1818,7 +1902,7 @@ func (x *ResizeVolumeRequest) String() string {
 func (*ResizeVolumeRequest) ProtoMessage() {}
 
 func (x *ResizeVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[23]
+	mi := &file_atoll_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1831,7 +1915,7 @@ func (x *ResizeVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeVolumeRequest.ProtoReflect.Descriptor instead.
 func (*ResizeVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{23}
+	return file_atoll_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ResizeVolumeRequest) GetName() string {
@@ -1866,7 +1950,7 @@ type DeleteVolumeRequest struct {
 
 func (x *DeleteVolumeRequest) Reset() {
 	*x = DeleteVolumeRequest{}
-	mi := &file_atoll_proto_msgTypes[24]
+	mi := &file_atoll_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1878,7 +1962,7 @@ func (x *DeleteVolumeRequest) String() string {
 func (*DeleteVolumeRequest) ProtoMessage() {}
 
 func (x *DeleteVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[24]
+	mi := &file_atoll_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1891,7 +1975,7 @@ func (x *DeleteVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteVolumeRequest.ProtoReflect.Descriptor instead.
 func (*DeleteVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{24}
+	return file_atoll_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *DeleteVolumeRequest) GetName() string {
@@ -1926,7 +2010,7 @@ type DeleteVolumeResponse struct {
 
 func (x *DeleteVolumeResponse) Reset() {
 	*x = DeleteVolumeResponse{}
-	mi := &file_atoll_proto_msgTypes[25]
+	mi := &file_atoll_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1938,7 +2022,7 @@ func (x *DeleteVolumeResponse) String() string {
 func (*DeleteVolumeResponse) ProtoMessage() {}
 
 func (x *DeleteVolumeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[25]
+	mi := &file_atoll_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1951,7 +2035,7 @@ func (x *DeleteVolumeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteVolumeResponse.ProtoReflect.Descriptor instead.
 func (*DeleteVolumeResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{25}
+	return file_atoll_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *DeleteVolumeResponse) GetBytes() int64 {
@@ -1986,7 +2070,7 @@ type CheckVolumeRequest struct {
 
 func (x *CheckVolumeRequest) Reset() {
 	*x = CheckVolumeRequest{}
-	mi := &file_atoll_proto_msgTypes[26]
+	mi := &file_atoll_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1998,7 +2082,7 @@ func (x *CheckVolumeRequest) String() string {
 func (*CheckVolumeRequest) ProtoMessage() {}
 
 func (x *CheckVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[26]
+	mi := &file_atoll_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2011,7 +2095,7 @@ func (x *CheckVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckVolumeRequest.ProtoReflect.Descriptor instead.
 func (*CheckVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{26}
+	return file_atoll_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *CheckVolumeRequest) GetName() string {
@@ -2050,7 +2134,7 @@ type CheckVolumeResponse struct {
 
 func (x *CheckVolumeResponse) Reset() {
 	*x = CheckVolumeResponse{}
-	mi := &file_atoll_proto_msgTypes[27]
+	mi := &file_atoll_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2062,7 +2146,7 @@ func (x *CheckVolumeResponse) String() string {
 func (*CheckVolumeResponse) ProtoMessage() {}
 
 func (x *CheckVolumeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[27]
+	mi := &file_atoll_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2075,7 +2159,7 @@ func (x *CheckVolumeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckVolumeResponse.ProtoReflect.Descriptor instead.
 func (*CheckVolumeResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{27}
+	return file_atoll_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *CheckVolumeResponse) GetBlocks() int64 {
@@ -2153,7 +2237,7 @@ type Version struct {
 
 func (x *Version) Reset() {
 	*x = Version{}
-	mi := &file_atoll_proto_msgTypes[28]
+	mi := &file_atoll_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2165,7 +2249,7 @@ func (x *Version) String() string {
 func (*Version) ProtoMessage() {}
 
 func (x *Version) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[28]
+	mi := &file_atoll_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2178,7 +2262,7 @@ func (x *Version) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Version.ProtoReflect.Descriptor instead.
 func (*Version) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{28}
+	return file_atoll_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *Version) GetNumber() uint64 {
@@ -2320,7 +2404,7 @@ type CreateVersionRequest struct {
 
 func (x *CreateVersionRequest) Reset() {
 	*x = CreateVersionRequest{}
-	mi := &file_atoll_proto_msgTypes[29]
+	mi := &file_atoll_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2332,7 +2416,7 @@ func (x *CreateVersionRequest) String() string {
 func (*CreateVersionRequest) ProtoMessage() {}
 
 func (x *CreateVersionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[29]
+	mi := &file_atoll_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2345,7 +2429,7 @@ func (x *CreateVersionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateVersionRequest.ProtoReflect.Descriptor instead.
 func (*CreateVersionRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{29}
+	return file_atoll_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *CreateVersionRequest) GetMedia() []string {
@@ -2392,7 +2476,7 @@ type CreateVersionResponse struct {
 
 func (x *CreateVersionResponse) Reset() {
 	*x = CreateVersionResponse{}
-	mi := &file_atoll_proto_msgTypes[30]
+	mi := &file_atoll_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2404,7 +2488,7 @@ func (x *CreateVersionResponse) String() string {
 func (*CreateVersionResponse) ProtoMessage() {}
 
 func (x *CreateVersionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[30]
+	mi := &file_atoll_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2417,7 +2501,7 @@ func (x *CreateVersionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateVersionResponse.ProtoReflect.Descriptor instead.
 func (*CreateVersionResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{30}
+	return file_atoll_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *CreateVersionResponse) GetVersions() []*Version {
@@ -2438,7 +2522,7 @@ type ListVersionsRequest struct {
 
 func (x *ListVersionsRequest) Reset() {
 	*x = ListVersionsRequest{}
-	mi := &file_atoll_proto_msgTypes[31]
+	mi := &file_atoll_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2450,7 +2534,7 @@ func (x *ListVersionsRequest) String() string {
 func (*ListVersionsRequest) ProtoMessage() {}
 
 func (x *ListVersionsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[31]
+	mi := &file_atoll_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2463,7 +2547,7 @@ func (x *ListVersionsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListVersionsRequest.ProtoReflect.Descriptor instead.
 func (*ListVersionsRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{31}
+	return file_atoll_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *ListVersionsRequest) GetName() string {
@@ -2499,7 +2583,7 @@ type ListVersionsResponse struct {
 
 func (x *ListVersionsResponse) Reset() {
 	*x = ListVersionsResponse{}
-	mi := &file_atoll_proto_msgTypes[32]
+	mi := &file_atoll_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2511,7 +2595,7 @@ func (x *ListVersionsResponse) String() string {
 func (*ListVersionsResponse) ProtoMessage() {}
 
 func (x *ListVersionsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[32]
+	mi := &file_atoll_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2524,7 +2608,7 @@ func (x *ListVersionsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListVersionsResponse.ProtoReflect.Descriptor instead.
 func (*ListVersionsResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{32}
+	return file_atoll_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *ListVersionsResponse) GetVersions() []*Version {
@@ -2567,7 +2651,7 @@ type UpdateVersionRequest struct {
 
 func (x *UpdateVersionRequest) Reset() {
 	*x = UpdateVersionRequest{}
-	mi := &file_atoll_proto_msgTypes[33]
+	mi := &file_atoll_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2579,7 +2663,7 @@ func (x *UpdateVersionRequest) String() string {
 func (*UpdateVersionRequest) ProtoMessage() {}
 
 func (x *UpdateVersionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[33]
+	mi := &file_atoll_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2592,7 +2676,7 @@ func (x *UpdateVersionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateVersionRequest.ProtoReflect.Descriptor instead.
 func (*UpdateVersionRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{33}
+	return file_atoll_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *UpdateVersionRequest) GetName() string {
@@ -2634,7 +2718,7 @@ type DeleteVersionRequest struct {
 
 func (x *DeleteVersionRequest) Reset() {
 	*x = DeleteVersionRequest{}
-	mi := &file_atoll_proto_msgTypes[34]
+	mi := &file_atoll_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2646,7 +2730,7 @@ func (x *DeleteVersionRequest) String() string {
 func (*DeleteVersionRequest) ProtoMessage() {}
 
 func (x *DeleteVersionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[34]
+	mi := &file_atoll_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2659,7 +2743,7 @@ func (x *DeleteVersionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteVersionRequest.ProtoReflect.Descriptor instead.
 func (*DeleteVersionRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{34}
+	return file_atoll_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *DeleteVersionRequest) GetName() string {
@@ -2693,7 +2777,7 @@ type DeleteVersionResponse struct {
 
 func (x *DeleteVersionResponse) Reset() {
 	*x = DeleteVersionResponse{}
-	mi := &file_atoll_proto_msgTypes[35]
+	mi := &file_atoll_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2705,7 +2789,7 @@ func (x *DeleteVersionResponse) String() string {
 func (*DeleteVersionResponse) ProtoMessage() {}
 
 func (x *DeleteVersionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[35]
+	mi := &file_atoll_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2718,7 +2802,7 @@ func (x *DeleteVersionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteVersionResponse.ProtoReflect.Descriptor instead.
 func (*DeleteVersionResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{35}
+	return file_atoll_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *DeleteVersionResponse) GetBytes() int64 {
@@ -2744,7 +2828,7 @@ type ReleaseVersionRequest struct {
 
 func (x *ReleaseVersionRequest) Reset() {
 	*x = ReleaseVersionRequest{}
-	mi := &file_atoll_proto_msgTypes[36]
+	mi := &file_atoll_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2756,7 +2840,7 @@ func (x *ReleaseVersionRequest) String() string {
 func (*ReleaseVersionRequest) ProtoMessage() {}
 
 func (x *ReleaseVersionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[36]
+	mi := &file_atoll_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2769,7 +2853,7 @@ func (x *ReleaseVersionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseVersionRequest.ProtoReflect.Descriptor instead.
 func (*ReleaseVersionRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{36}
+	return file_atoll_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *ReleaseVersionRequest) GetName() string {
@@ -2789,7 +2873,7 @@ type RestoreVersionRequest struct {
 
 func (x *RestoreVersionRequest) Reset() {
 	*x = RestoreVersionRequest{}
-	mi := &file_atoll_proto_msgTypes[37]
+	mi := &file_atoll_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2801,7 +2885,7 @@ func (x *RestoreVersionRequest) String() string {
 func (*RestoreVersionRequest) ProtoMessage() {}
 
 func (x *RestoreVersionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[37]
+	mi := &file_atoll_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2814,7 +2898,7 @@ func (x *RestoreVersionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreVersionRequest.ProtoReflect.Descriptor instead.
 func (*RestoreVersionRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{37}
+	return file_atoll_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *RestoreVersionRequest) GetName() string {
@@ -2841,7 +2925,7 @@ type RestoreVersionResponse struct {
 
 func (x *RestoreVersionResponse) Reset() {
 	*x = RestoreVersionResponse{}
-	mi := &file_atoll_proto_msgTypes[38]
+	mi := &file_atoll_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2853,7 +2937,7 @@ func (x *RestoreVersionResponse) String() string {
 func (*RestoreVersionResponse) ProtoMessage() {}
 
 func (x *RestoreVersionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[38]
+	mi := &file_atoll_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2866,7 +2950,7 @@ func (x *RestoreVersionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreVersionResponse.ProtoReflect.Descriptor instead.
 func (*RestoreVersionResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{38}
+	return file_atoll_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *RestoreVersionResponse) GetVersion() *Version {
@@ -2897,7 +2981,7 @@ type CloneVersionRequest struct {
 
 func (x *CloneVersionRequest) Reset() {
 	*x = CloneVersionRequest{}
-	mi := &file_atoll_proto_msgTypes[39]
+	mi := &file_atoll_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2909,7 +2993,7 @@ func (x *CloneVersionRequest) String() string {
 func (*CloneVersionRequest) ProtoMessage() {}
 
 func (x *CloneVersionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[39]
+	mi := &file_atoll_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2922,7 +3006,7 @@ func (x *CloneVersionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloneVersionRequest.ProtoReflect.Descriptor instead.
 func (*CloneVersionRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{39}
+	return file_atoll_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *CloneVersionRequest) GetSource() string {
@@ -2976,7 +3060,7 @@ type FlattenRequest struct {
 
 func (x *FlattenRequest) Reset() {
 	*x = FlattenRequest{}
-	mi := &file_atoll_proto_msgTypes[40]
+	mi := &file_atoll_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2988,7 +3072,7 @@ func (x *FlattenRequest) String() string {
 func (*FlattenRequest) ProtoMessage() {}
 
 func (x *FlattenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[40]
+	mi := &file_atoll_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3001,7 +3085,7 @@ func (x *FlattenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FlattenRequest.ProtoReflect.Descriptor instead.
 func (*FlattenRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{40}
+	return file_atoll_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *FlattenRequest) GetName() string {
@@ -3021,7 +3105,7 @@ type ListChildrenRequest struct {
 
 func (x *ListChildrenRequest) Reset() {
 	*x = ListChildrenRequest{}
-	mi := &file_atoll_proto_msgTypes[41]
+	mi := &file_atoll_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3033,7 +3117,7 @@ func (x *ListChildrenRequest) String() string {
 func (*ListChildrenRequest) ProtoMessage() {}
 
 func (x *ListChildrenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[41]
+	mi := &file_atoll_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3046,7 +3130,7 @@ func (x *ListChildrenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListChildrenRequest.ProtoReflect.Descriptor instead.
 func (*ListChildrenRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{41}
+	return file_atoll_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *ListChildrenRequest) GetName() string {
@@ -3072,7 +3156,7 @@ type ListChildrenResponse struct {
 
 func (x *ListChildrenResponse) Reset() {
 	*x = ListChildrenResponse{}
-	mi := &file_atoll_proto_msgTypes[42]
+	mi := &file_atoll_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3084,7 +3168,7 @@ func (x *ListChildrenResponse) String() string {
 func (*ListChildrenResponse) ProtoMessage() {}
 
 func (x *ListChildrenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[42]
+	mi := &file_atoll_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3097,7 +3181,7 @@ func (x *ListChildrenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListChildrenResponse.ProtoReflect.Descriptor instead.
 func (*ListChildrenResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{42}
+	return file_atoll_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *ListChildrenResponse) GetChildren() []*Child {
@@ -3120,7 +3204,7 @@ type Child struct {
 
 func (x *Child) Reset() {
 	*x = Child{}
-	mi := &file_atoll_proto_msgTypes[43]
+	mi := &file_atoll_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3132,7 +3216,7 @@ func (x *Child) String() string {
 func (*Child) ProtoMessage() {}
 
 func (x *Child) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[43]
+	mi := &file_atoll_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3145,7 +3229,7 @@ func (x *Child) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Child.ProtoReflect.Descriptor instead.
 func (*Child) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{43}
+	return file_atoll_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *Child) GetName() string {
@@ -3195,7 +3279,7 @@ type DiffRequest struct {
 
 func (x *DiffRequest) Reset() {
 	*x = DiffRequest{}
-	mi := &file_atoll_proto_msgTypes[44]
+	mi := &file_atoll_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3207,7 +3291,7 @@ func (x *DiffRequest) String() string {
 func (*DiffRequest) ProtoMessage() {}
 
 func (x *DiffRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[44]
+	mi := &file_atoll_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3220,7 +3304,7 @@ func (x *DiffRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiffRequest.ProtoReflect.Descriptor instead.
 func (*DiffRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{44}
+	return file_atoll_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *DiffRequest) GetName() string {
@@ -3261,7 +3345,7 @@ type DiffResponse struct {
 
 func (x *DiffResponse) Reset() {
 	*x = DiffResponse{}
-	mi := &file_atoll_proto_msgTypes[45]
+	mi := &file_atoll_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3273,7 +3357,7 @@ func (x *DiffResponse) String() string {
 func (*DiffResponse) ProtoMessage() {}
 
 func (x *DiffResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[45]
+	mi := &file_atoll_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3286,7 +3370,7 @@ func (x *DiffResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiffResponse.ProtoReflect.Descriptor instead.
 func (*DiffResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{45}
+	return file_atoll_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *DiffResponse) GetExtents() []*Extent {
@@ -3314,7 +3398,7 @@ type Extent struct {
 
 func (x *Extent) Reset() {
 	*x = Extent{}
-	mi := &file_atoll_proto_msgTypes[46]
+	mi := &file_atoll_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3326,7 +3410,7 @@ func (x *Extent) String() string {
 func (*Extent) ProtoMessage() {}
 
 func (x *Extent) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[46]
+	mi := &file_atoll_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3339,7 +3423,7 @@ func (x *Extent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Extent.ProtoReflect.Descriptor instead.
 func (*Extent) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{46}
+	return file_atoll_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *Extent) GetOffset() int64 {
@@ -3373,7 +3457,7 @@ type SetScheduleRequest struct {
 
 func (x *SetScheduleRequest) Reset() {
 	*x = SetScheduleRequest{}
-	mi := &file_atoll_proto_msgTypes[47]
+	mi := &file_atoll_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3385,7 +3469,7 @@ func (x *SetScheduleRequest) String() string {
 func (*SetScheduleRequest) ProtoMessage() {}
 
 func (x *SetScheduleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[47]
+	mi := &file_atoll_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3398,7 +3482,7 @@ func (x *SetScheduleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetScheduleRequest.ProtoReflect.Descriptor instead.
 func (*SetScheduleRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{47}
+	return file_atoll_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *SetScheduleRequest) GetName() string {
@@ -3424,7 +3508,7 @@ type SetScheduleResponse struct {
 
 func (x *SetScheduleResponse) Reset() {
 	*x = SetScheduleResponse{}
-	mi := &file_atoll_proto_msgTypes[48]
+	mi := &file_atoll_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3436,7 +3520,7 @@ func (x *SetScheduleResponse) String() string {
 func (*SetScheduleResponse) ProtoMessage() {}
 
 func (x *SetScheduleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[48]
+	mi := &file_atoll_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3449,7 +3533,7 @@ func (x *SetScheduleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetScheduleResponse.ProtoReflect.Descriptor instead.
 func (*SetScheduleResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{48}
+	return file_atoll_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *SetScheduleResponse) GetSchedule() string {
@@ -3471,7 +3555,7 @@ type BeginImportRequest struct {
 
 func (x *BeginImportRequest) Reset() {
 	*x = BeginImportRequest{}
-	mi := &file_atoll_proto_msgTypes[49]
+	mi := &file_atoll_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3483,7 +3567,7 @@ func (x *BeginImportRequest) String() string {
 func (*BeginImportRequest) ProtoMessage() {}
 
 func (x *BeginImportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[49]
+	mi := &file_atoll_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3496,7 +3580,7 @@ func (x *BeginImportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BeginImportRequest.ProtoReflect.Descriptor instead.
 func (*BeginImportRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{49}
+	return file_atoll_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *BeginImportRequest) GetName() string {
@@ -3538,7 +3622,7 @@ type BeginImportResponse struct {
 
 func (x *BeginImportResponse) Reset() {
 	*x = BeginImportResponse{}
-	mi := &file_atoll_proto_msgTypes[50]
+	mi := &file_atoll_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3550,7 +3634,7 @@ func (x *BeginImportResponse) String() string {
 func (*BeginImportResponse) ProtoMessage() {}
 
 func (x *BeginImportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[50]
+	mi := &file_atoll_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3563,7 +3647,7 @@ func (x *BeginImportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BeginImportResponse.ProtoReflect.Descriptor instead.
 func (*BeginImportResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{50}
+	return file_atoll_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *BeginImportResponse) GetImportId() string {
@@ -3601,7 +3685,7 @@ type CommitImportRequest struct {
 
 func (x *CommitImportRequest) Reset() {
 	*x = CommitImportRequest{}
-	mi := &file_atoll_proto_msgTypes[51]
+	mi := &file_atoll_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3613,7 +3697,7 @@ func (x *CommitImportRequest) String() string {
 func (*CommitImportRequest) ProtoMessage() {}
 
 func (x *CommitImportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[51]
+	mi := &file_atoll_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3626,7 +3710,7 @@ func (x *CommitImportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CommitImportRequest.ProtoReflect.Descriptor instead.
 func (*CommitImportRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{51}
+	return file_atoll_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *CommitImportRequest) GetImportId() string {
@@ -3681,7 +3765,7 @@ type AbortImportRequest struct {
 
 func (x *AbortImportRequest) Reset() {
 	*x = AbortImportRequest{}
-	mi := &file_atoll_proto_msgTypes[52]
+	mi := &file_atoll_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3693,7 +3777,7 @@ func (x *AbortImportRequest) String() string {
 func (*AbortImportRequest) ProtoMessage() {}
 
 func (x *AbortImportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[52]
+	mi := &file_atoll_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3706,7 +3790,7 @@ func (x *AbortImportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortImportRequest.ProtoReflect.Descriptor instead.
 func (*AbortImportRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{52}
+	return file_atoll_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *AbortImportRequest) GetImportId() string {
@@ -3731,7 +3815,7 @@ type AbortImportResponse struct {
 
 func (x *AbortImportResponse) Reset() {
 	*x = AbortImportResponse{}
-	mi := &file_atoll_proto_msgTypes[53]
+	mi := &file_atoll_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3743,7 +3827,7 @@ func (x *AbortImportResponse) String() string {
 func (*AbortImportResponse) ProtoMessage() {}
 
 func (x *AbortImportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[53]
+	mi := &file_atoll_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3756,7 +3840,7 @@ func (x *AbortImportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortImportResponse.ProtoReflect.Descriptor instead.
 func (*AbortImportResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{53}
+	return file_atoll_proto_rawDescGZIP(), []int{54}
 }
 
 type KeepImportRequest struct {
@@ -3769,7 +3853,7 @@ type KeepImportRequest struct {
 
 func (x *KeepImportRequest) Reset() {
 	*x = KeepImportRequest{}
-	mi := &file_atoll_proto_msgTypes[54]
+	mi := &file_atoll_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3781,7 +3865,7 @@ func (x *KeepImportRequest) String() string {
 func (*KeepImportRequest) ProtoMessage() {}
 
 func (x *KeepImportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[54]
+	mi := &file_atoll_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3794,7 +3878,7 @@ func (x *KeepImportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeepImportRequest.ProtoReflect.Descriptor instead.
 func (*KeepImportRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{54}
+	return file_atoll_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *KeepImportRequest) GetImportId() string {
@@ -3819,7 +3903,7 @@ type KeepImportResponse struct {
 
 func (x *KeepImportResponse) Reset() {
 	*x = KeepImportResponse{}
-	mi := &file_atoll_proto_msgTypes[55]
+	mi := &file_atoll_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3831,7 +3915,7 @@ func (x *KeepImportResponse) String() string {
 func (*KeepImportResponse) ProtoMessage() {}
 
 func (x *KeepImportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[55]
+	mi := &file_atoll_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3844,7 +3928,7 @@ func (x *KeepImportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeepImportResponse.ProtoReflect.Descriptor instead.
 func (*KeepImportResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{55}
+	return file_atoll_proto_rawDescGZIP(), []int{56}
 }
 
 type Entry struct {
@@ -3865,7 +3949,7 @@ type Entry struct {
 
 func (x *Entry) Reset() {
 	*x = Entry{}
-	mi := &file_atoll_proto_msgTypes[56]
+	mi := &file_atoll_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3877,7 +3961,7 @@ func (x *Entry) String() string {
 func (*Entry) ProtoMessage() {}
 
 func (x *Entry) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[56]
+	mi := &file_atoll_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3890,7 +3974,7 @@ func (x *Entry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Entry.ProtoReflect.Descriptor instead.
 func (*Entry) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{56}
+	return file_atoll_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *Entry) GetPath() string {
@@ -3974,7 +4058,7 @@ type MakeDirectoryRequest struct {
 
 func (x *MakeDirectoryRequest) Reset() {
 	*x = MakeDirectoryRequest{}
-	mi := &file_atoll_proto_msgTypes[57]
+	mi := &file_atoll_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3986,7 +4070,7 @@ func (x *MakeDirectoryRequest) String() string {
 func (*MakeDirectoryRequest) ProtoMessage() {}
 
 func (x *MakeDirectoryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[57]
+	mi := &file_atoll_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3999,7 +4083,7 @@ func (x *MakeDirectoryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MakeDirectoryRequest.ProtoReflect.Descriptor instead.
 func (*MakeDirectoryRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{57}
+	return file_atoll_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *MakeDirectoryRequest) GetPath() string {
@@ -4032,7 +4116,7 @@ type RemoveDirectoryRequest struct {
 
 func (x *RemoveDirectoryRequest) Reset() {
 	*x = RemoveDirectoryRequest{}
-	mi := &file_atoll_proto_msgTypes[58]
+	mi := &file_atoll_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4044,7 +4128,7 @@ func (x *RemoveDirectoryRequest) String() string {
 func (*RemoveDirectoryRequest) ProtoMessage() {}
 
 func (x *RemoveDirectoryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[58]
+	mi := &file_atoll_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4057,7 +4141,7 @@ func (x *RemoveDirectoryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveDirectoryRequest.ProtoReflect.Descriptor instead.
 func (*RemoveDirectoryRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{58}
+	return file_atoll_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *RemoveDirectoryRequest) GetPath() string {
@@ -4075,7 +4159,7 @@ type RemoveDirectoryResponse struct {
 
 func (x *RemoveDirectoryResponse) Reset() {
 	*x = RemoveDirectoryResponse{}
-	mi := &file_atoll_proto_msgTypes[59]
+	mi := &file_atoll_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4087,7 +4171,7 @@ func (x *RemoveDirectoryResponse) String() string {
 func (*RemoveDirectoryResponse) ProtoMessage() {}
 
 func (x *RemoveDirectoryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[59]
+	mi := &file_atoll_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4100,7 +4184,7 @@ func (x *RemoveDirectoryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveDirectoryResponse.ProtoReflect.Descriptor instead.
 func (*RemoveDirectoryResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{59}
+	return file_atoll_proto_rawDescGZIP(), []int{60}
 }
 
 type ListDirectoryRequest struct {
@@ -4114,7 +4198,7 @@ type ListDirectoryRequest struct {
 
 func (x *ListDirectoryRequest) Reset() {
 	*x = ListDirectoryRequest{}
-	mi := &file_atoll_proto_msgTypes[60]
+	mi := &file_atoll_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4126,7 +4210,7 @@ func (x *ListDirectoryRequest) String() string {
 func (*ListDirectoryRequest) ProtoMessage() {}
 
 func (x *ListDirectoryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[60]
+	mi := &file_atoll_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4139,7 +4223,7 @@ func (x *ListDirectoryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListDirectoryRequest.ProtoReflect.Descriptor instead.
 func (*ListDirectoryRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{60}
+	return file_atoll_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *ListDirectoryRequest) GetPath() string {
@@ -4173,7 +4257,7 @@ type ListDirectoryResponse struct {
 
 func (x *ListDirectoryResponse) Reset() {
 	*x = ListDirectoryResponse{}
-	mi := &file_atoll_proto_msgTypes[61]
+	mi := &file_atoll_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4185,7 +4269,7 @@ func (x *ListDirectoryResponse) String() string {
 func (*ListDirectoryResponse) ProtoMessage() {}
 
 func (x *ListDirectoryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[61]
+	mi := &file_atoll_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4198,7 +4282,7 @@ func (x *ListDirectoryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListDirectoryResponse.ProtoReflect.Descriptor instead.
 func (*ListDirectoryResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{61}
+	return file_atoll_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *ListDirectoryResponse) GetEntries() []*Entry {
@@ -4225,7 +4309,7 @@ type GetEntryRequest struct {
 
 func (x *GetEntryRequest) Reset() {
 	*x = GetEntryRequest{}
-	mi := &file_atoll_proto_msgTypes[62]
+	mi := &file_atoll_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4237,7 +4321,7 @@ func (x *GetEntryRequest) String() string {
 func (*GetEntryRequest) ProtoMessage() {}
 
 func (x *GetEntryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[62]
+	mi := &file_atoll_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4250,7 +4334,7 @@ func (x *GetEntryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetEntryRequest.ProtoReflect.Descriptor instead.
 func (*GetEntryRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{62}
+	return file_atoll_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *GetEntryRequest) GetPath() string {
@@ -4279,7 +4363,7 @@ type RenameRequest struct {
 
 func (x *RenameRequest) Reset() {
 	*x = RenameRequest{}
-	mi := &file_atoll_proto_msgTypes[63]
+	mi := &file_atoll_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4291,7 +4375,7 @@ func (x *RenameRequest) String() string {
 func (*RenameRequest) ProtoMessage() {}
 
 func (x *RenameRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[63]
+	mi := &file_atoll_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4304,7 +4388,7 @@ func (x *RenameRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenameRequest.ProtoReflect.Descriptor instead.
 func (*RenameRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{63}
+	return file_atoll_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *RenameRequest) GetFrom() string {
@@ -4345,7 +4429,7 @@ type ChangeOwnerRequest struct {
 
 func (x *ChangeOwnerRequest) Reset() {
 	*x = ChangeOwnerRequest{}
-	mi := &file_atoll_proto_msgTypes[64]
+	mi := &file_atoll_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4357,7 +4441,7 @@ func (x *ChangeOwnerRequest) String() string {
 func (*ChangeOwnerRequest) ProtoMessage() {}
 
 func (x *ChangeOwnerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[64]
+	mi := &file_atoll_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4370,7 +4454,7 @@ func (x *ChangeOwnerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeOwnerRequest.ProtoReflect.Descriptor instead.
 func (*ChangeOwnerRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{64}
+	return file_atoll_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *ChangeOwnerRequest) GetPath() string {
@@ -4397,7 +4481,7 @@ type SetPropertiesRequest struct {
 
 func (x *SetPropertiesRequest) Reset() {
 	*x = SetPropertiesRequest{}
-	mi := &file_atoll_proto_msgTypes[65]
+	mi := &file_atoll_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4409,7 +4493,7 @@ func (x *SetPropertiesRequest) String() string {
 func (*SetPropertiesRequest) ProtoMessage() {}
 
 func (x *SetPropertiesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[65]
+	mi := &file_atoll_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4422,7 +4506,7 @@ func (x *SetPropertiesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetPropertiesRequest.ProtoReflect.Descriptor instead.
 func (*SetPropertiesRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{65}
+	return file_atoll_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *SetPropertiesRequest) GetPath() string {
@@ -4454,7 +4538,7 @@ type Limits struct {
 
 func (x *Limits) Reset() {
 	*x = Limits{}
-	mi := &file_atoll_proto_msgTypes[66]
+	mi := &file_atoll_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4466,7 +4550,7 @@ func (x *Limits) String() string {
 func (*Limits) ProtoMessage() {}
 
 func (x *Limits) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[66]
+	mi := &file_atoll_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4479,7 +4563,7 @@ func (x *Limits) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Limits.ProtoReflect.Descriptor instead.
 func (*Limits) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{66}
+	return file_atoll_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *Limits) GetIops() *Limit {
@@ -4535,7 +4619,7 @@ type Limit struct {
 
 func (x *Limit) Reset() {
 	*x = Limit{}
-	mi := &file_atoll_proto_msgTypes[67]
+	mi := &file_atoll_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4547,7 +4631,7 @@ func (x *Limit) String() string {
 func (*Limit) ProtoMessage() {}
 
 func (x *Limit) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[67]
+	mi := &file_atoll_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4560,7 +4644,7 @@ func (x *Limit) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Limit.ProtoReflect.Descriptor instead.
 func (*Limit) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{67}
+	return file_atoll_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *Limit) GetRate() int64 {
@@ -4594,7 +4678,7 @@ type SetLimitsRequest struct {
 
 func (x *SetLimitsRequest) Reset() {
 	*x = SetLimitsRequest{}
-	mi := &file_atoll_proto_msgTypes[68]
+	mi := &file_atoll_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4606,7 +4690,7 @@ func (x *SetLimitsRequest) String() string {
 func (*SetLimitsRequest) ProtoMessage() {}
 
 func (x *SetLimitsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[68]
+	mi := &file_atoll_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4619,7 +4703,7 @@ func (x *SetLimitsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetLimitsRequest.ProtoReflect.Descriptor instead.
 func (*SetLimitsRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{68}
+	return file_atoll_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *SetLimitsRequest) GetName() string {
@@ -4655,7 +4739,7 @@ type TrashEntry struct {
 
 func (x *TrashEntry) Reset() {
 	*x = TrashEntry{}
-	mi := &file_atoll_proto_msgTypes[69]
+	mi := &file_atoll_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4667,7 +4751,7 @@ func (x *TrashEntry) String() string {
 func (*TrashEntry) ProtoMessage() {}
 
 func (x *TrashEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[69]
+	mi := &file_atoll_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4680,7 +4764,7 @@ func (x *TrashEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TrashEntry.ProtoReflect.Descriptor instead.
 func (*TrashEntry) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{69}
+	return file_atoll_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *TrashEntry) GetId() string {
@@ -4771,7 +4855,7 @@ type MoveToTrashRequest struct {
 
 func (x *MoveToTrashRequest) Reset() {
 	*x = MoveToTrashRequest{}
-	mi := &file_atoll_proto_msgTypes[70]
+	mi := &file_atoll_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4783,7 +4867,7 @@ func (x *MoveToTrashRequest) String() string {
 func (*MoveToTrashRequest) ProtoMessage() {}
 
 func (x *MoveToTrashRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[70]
+	mi := &file_atoll_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4796,7 +4880,7 @@ func (x *MoveToTrashRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MoveToTrashRequest.ProtoReflect.Descriptor instead.
 func (*MoveToTrashRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{70}
+	return file_atoll_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *MoveToTrashRequest) GetName() string {
@@ -4830,7 +4914,7 @@ type ListTrashRequest struct {
 
 func (x *ListTrashRequest) Reset() {
 	*x = ListTrashRequest{}
-	mi := &file_atoll_proto_msgTypes[71]
+	mi := &file_atoll_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4842,7 +4926,7 @@ func (x *ListTrashRequest) String() string {
 func (*ListTrashRequest) ProtoMessage() {}
 
 func (x *ListTrashRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[71]
+	mi := &file_atoll_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4855,7 +4939,7 @@ func (x *ListTrashRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTrashRequest.ProtoReflect.Descriptor instead.
 func (*ListTrashRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{71}
+	return file_atoll_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *ListTrashRequest) GetAfter() string {
@@ -4882,7 +4966,7 @@ type ListTrashResponse struct {
 
 func (x *ListTrashResponse) Reset() {
 	*x = ListTrashResponse{}
-	mi := &file_atoll_proto_msgTypes[72]
+	mi := &file_atoll_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4894,7 +4978,7 @@ func (x *ListTrashResponse) String() string {
 func (*ListTrashResponse) ProtoMessage() {}
 
 func (x *ListTrashResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[72]
+	mi := &file_atoll_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4907,7 +4991,7 @@ func (x *ListTrashResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTrashResponse.ProtoReflect.Descriptor instead.
 func (*ListTrashResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{72}
+	return file_atoll_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *ListTrashResponse) GetEntries() []*TrashEntry {
@@ -4936,7 +5020,7 @@ type RestoreTrashRequest struct {
 
 func (x *RestoreTrashRequest) Reset() {
 	*x = RestoreTrashRequest{}
-	mi := &file_atoll_proto_msgTypes[73]
+	mi := &file_atoll_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4948,7 +5032,7 @@ func (x *RestoreTrashRequest) String() string {
 func (*RestoreTrashRequest) ProtoMessage() {}
 
 func (x *RestoreTrashRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[73]
+	mi := &file_atoll_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4961,7 +5045,7 @@ func (x *RestoreTrashRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreTrashRequest.ProtoReflect.Descriptor instead.
 func (*RestoreTrashRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{73}
+	return file_atoll_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *RestoreTrashRequest) GetId() string {
@@ -5003,7 +5087,7 @@ type PurgeTrashRequest struct {
 
 func (x *PurgeTrashRequest) Reset() {
 	*x = PurgeTrashRequest{}
-	mi := &file_atoll_proto_msgTypes[74]
+	mi := &file_atoll_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5015,7 +5099,7 @@ func (x *PurgeTrashRequest) String() string {
 func (*PurgeTrashRequest) ProtoMessage() {}
 
 func (x *PurgeTrashRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[74]
+	mi := &file_atoll_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5028,7 +5112,7 @@ func (x *PurgeTrashRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PurgeTrashRequest.ProtoReflect.Descriptor instead.
 func (*PurgeTrashRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{74}
+	return file_atoll_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *PurgeTrashRequest) GetId() string {
@@ -5062,7 +5146,7 @@ type PurgeTrashResponse struct {
 
 func (x *PurgeTrashResponse) Reset() {
 	*x = PurgeTrashResponse{}
-	mi := &file_atoll_proto_msgTypes[75]
+	mi := &file_atoll_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5074,7 +5158,7 @@ func (x *PurgeTrashResponse) String() string {
 func (*PurgeTrashResponse) ProtoMessage() {}
 
 func (x *PurgeTrashResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[75]
+	mi := &file_atoll_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5087,7 +5171,7 @@ func (x *PurgeTrashResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PurgeTrashResponse.ProtoReflect.Descriptor instead.
 func (*PurgeTrashResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{75}
+	return file_atoll_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *PurgeTrashResponse) GetRemoved() int32 {
@@ -5117,7 +5201,7 @@ type User struct {
 
 func (x *User) Reset() {
 	*x = User{}
-	mi := &file_atoll_proto_msgTypes[76]
+	mi := &file_atoll_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5129,7 +5213,7 @@ func (x *User) String() string {
 func (*User) ProtoMessage() {}
 
 func (x *User) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[76]
+	mi := &file_atoll_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5142,7 +5226,7 @@ func (x *User) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use User.ProtoReflect.Descriptor instead.
 func (*User) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{76}
+	return file_atoll_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *User) GetName() string {
@@ -5192,7 +5276,7 @@ type CreateUserRequest struct {
 
 func (x *CreateUserRequest) Reset() {
 	*x = CreateUserRequest{}
-	mi := &file_atoll_proto_msgTypes[77]
+	mi := &file_atoll_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5204,7 +5288,7 @@ func (x *CreateUserRequest) String() string {
 func (*CreateUserRequest) ProtoMessage() {}
 
 func (x *CreateUserRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[77]
+	mi := &file_atoll_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5217,7 +5301,7 @@ func (x *CreateUserRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateUserRequest.ProtoReflect.Descriptor instead.
 func (*CreateUserRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{77}
+	return file_atoll_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *CreateUserRequest) GetName() string {
@@ -5256,7 +5340,7 @@ type ListUsersRequest struct {
 
 func (x *ListUsersRequest) Reset() {
 	*x = ListUsersRequest{}
-	mi := &file_atoll_proto_msgTypes[78]
+	mi := &file_atoll_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5268,7 +5352,7 @@ func (x *ListUsersRequest) String() string {
 func (*ListUsersRequest) ProtoMessage() {}
 
 func (x *ListUsersRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[78]
+	mi := &file_atoll_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5281,7 +5365,7 @@ func (x *ListUsersRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListUsersRequest.ProtoReflect.Descriptor instead.
 func (*ListUsersRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{78}
+	return file_atoll_proto_rawDescGZIP(), []int{79}
 }
 
 type ListUsersResponse struct {
@@ -5293,7 +5377,7 @@ type ListUsersResponse struct {
 
 func (x *ListUsersResponse) Reset() {
 	*x = ListUsersResponse{}
-	mi := &file_atoll_proto_msgTypes[79]
+	mi := &file_atoll_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5305,7 +5389,7 @@ func (x *ListUsersResponse) String() string {
 func (*ListUsersResponse) ProtoMessage() {}
 
 func (x *ListUsersResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[79]
+	mi := &file_atoll_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5318,7 +5402,7 @@ func (x *ListUsersResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListUsersResponse.ProtoReflect.Descriptor instead.
 func (*ListUsersResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{79}
+	return file_atoll_proto_rawDescGZIP(), []int{80}
 }
 
 func (x *ListUsersResponse) GetUsers() []*User {
@@ -5340,7 +5424,7 @@ type UpdateUserRequest struct {
 
 func (x *UpdateUserRequest) Reset() {
 	*x = UpdateUserRequest{}
-	mi := &file_atoll_proto_msgTypes[80]
+	mi := &file_atoll_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5352,7 +5436,7 @@ func (x *UpdateUserRequest) String() string {
 func (*UpdateUserRequest) ProtoMessage() {}
 
 func (x *UpdateUserRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[80]
+	mi := &file_atoll_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5365,7 +5449,7 @@ func (x *UpdateUserRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateUserRequest.ProtoReflect.Descriptor instead.
 func (*UpdateUserRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{80}
+	return file_atoll_proto_rawDescGZIP(), []int{81}
 }
 
 func (x *UpdateUserRequest) GetName() string {
@@ -5406,7 +5490,7 @@ type AuthenticateRequest struct {
 
 func (x *AuthenticateRequest) Reset() {
 	*x = AuthenticateRequest{}
-	mi := &file_atoll_proto_msgTypes[81]
+	mi := &file_atoll_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5418,7 +5502,7 @@ func (x *AuthenticateRequest) String() string {
 func (*AuthenticateRequest) ProtoMessage() {}
 
 func (x *AuthenticateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[81]
+	mi := &file_atoll_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5431,7 +5515,7 @@ func (x *AuthenticateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthenticateRequest.ProtoReflect.Descriptor instead.
 func (*AuthenticateRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{81}
+	return file_atoll_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *AuthenticateRequest) GetName() string {
@@ -5457,7 +5541,7 @@ type DeleteUserRequest struct {
 
 func (x *DeleteUserRequest) Reset() {
 	*x = DeleteUserRequest{}
-	mi := &file_atoll_proto_msgTypes[82]
+	mi := &file_atoll_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5469,7 +5553,7 @@ func (x *DeleteUserRequest) String() string {
 func (*DeleteUserRequest) ProtoMessage() {}
 
 func (x *DeleteUserRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[82]
+	mi := &file_atoll_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5482,7 +5566,7 @@ func (x *DeleteUserRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteUserRequest.ProtoReflect.Descriptor instead.
 func (*DeleteUserRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{82}
+	return file_atoll_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *DeleteUserRequest) GetName() string {
@@ -5500,7 +5584,7 @@ type DeleteUserResponse struct {
 
 func (x *DeleteUserResponse) Reset() {
 	*x = DeleteUserResponse{}
-	mi := &file_atoll_proto_msgTypes[83]
+	mi := &file_atoll_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5512,7 +5596,7 @@ func (x *DeleteUserResponse) String() string {
 func (*DeleteUserResponse) ProtoMessage() {}
 
 func (x *DeleteUserResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[83]
+	mi := &file_atoll_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5525,7 +5609,7 @@ func (x *DeleteUserResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteUserResponse.ProtoReflect.Descriptor instead.
 func (*DeleteUserResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{83}
+	return file_atoll_proto_rawDescGZIP(), []int{84}
 }
 
 type Task struct {
@@ -5547,7 +5631,7 @@ type Task struct {
 
 func (x *Task) Reset() {
 	*x = Task{}
-	mi := &file_atoll_proto_msgTypes[84]
+	mi := &file_atoll_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5559,7 +5643,7 @@ func (x *Task) String() string {
 func (*Task) ProtoMessage() {}
 
 func (x *Task) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[84]
+	mi := &file_atoll_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5572,7 +5656,7 @@ func (x *Task) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Task.ProtoReflect.Descriptor instead.
 func (*Task) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{84}
+	return file_atoll_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *Task) GetId() string {
@@ -5661,7 +5745,7 @@ type ListTasksRequest struct {
 
 func (x *ListTasksRequest) Reset() {
 	*x = ListTasksRequest{}
-	mi := &file_atoll_proto_msgTypes[85]
+	mi := &file_atoll_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5673,7 +5757,7 @@ func (x *ListTasksRequest) String() string {
 func (*ListTasksRequest) ProtoMessage() {}
 
 func (x *ListTasksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[85]
+	mi := &file_atoll_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5686,7 +5770,7 @@ func (x *ListTasksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTasksRequest.ProtoReflect.Descriptor instead.
 func (*ListTasksRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{85}
+	return file_atoll_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *ListTasksRequest) GetAll() bool {
@@ -5705,7 +5789,7 @@ type ListTasksResponse struct {
 
 func (x *ListTasksResponse) Reset() {
 	*x = ListTasksResponse{}
-	mi := &file_atoll_proto_msgTypes[86]
+	mi := &file_atoll_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5717,7 +5801,7 @@ func (x *ListTasksResponse) String() string {
 func (*ListTasksResponse) ProtoMessage() {}
 
 func (x *ListTasksResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[86]
+	mi := &file_atoll_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5730,7 +5814,7 @@ func (x *ListTasksResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTasksResponse.ProtoReflect.Descriptor instead.
 func (*ListTasksResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{86}
+	return file_atoll_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *ListTasksResponse) GetTasks() []*Task {
@@ -5749,7 +5833,7 @@ type GetTaskRequest struct {
 
 func (x *GetTaskRequest) Reset() {
 	*x = GetTaskRequest{}
-	mi := &file_atoll_proto_msgTypes[87]
+	mi := &file_atoll_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5761,7 +5845,7 @@ func (x *GetTaskRequest) String() string {
 func (*GetTaskRequest) ProtoMessage() {}
 
 func (x *GetTaskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[87]
+	mi := &file_atoll_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5774,7 +5858,7 @@ func (x *GetTaskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetTaskRequest.ProtoReflect.Descriptor instead.
 func (*GetTaskRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{87}
+	return file_atoll_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *GetTaskRequest) GetId() string {
@@ -5793,7 +5877,7 @@ type CancelTaskRequest struct {
 
 func (x *CancelTaskRequest) Reset() {
 	*x = CancelTaskRequest{}
-	mi := &file_atoll_proto_msgTypes[88]
+	mi := &file_atoll_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5805,7 +5889,7 @@ func (x *CancelTaskRequest) String() string {
 func (*CancelTaskRequest) ProtoMessage() {}
 
 func (x *CancelTaskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[88]
+	mi := &file_atoll_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5818,7 +5902,7 @@ func (x *CancelTaskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelTaskRequest.ProtoReflect.Descriptor instead.
 func (*CancelTaskRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{88}
+	return file_atoll_proto_rawDescGZIP(), []int{89}
 }
 
 func (x *CancelTaskRequest) GetId() string {
@@ -5839,7 +5923,7 @@ type InjectRequest struct {
 
 func (x *InjectRequest) Reset() {
 	*x = InjectRequest{}
-	mi := &file_atoll_proto_msgTypes[89]
+	mi := &file_atoll_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5851,7 +5935,7 @@ func (x *InjectRequest) String() string {
 func (*InjectRequest) ProtoMessage() {}
 
 func (x *InjectRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[89]
+	mi := &file_atoll_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5864,7 +5948,7 @@ func (x *InjectRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InjectRequest.ProtoReflect.Descriptor instead.
 func (*InjectRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{89}
+	return file_atoll_proto_rawDescGZIP(), []int{90}
 }
 
 func (x *InjectRequest) GetNode() uint32 {
@@ -5897,7 +5981,7 @@ type InjectResponse struct {
 
 func (x *InjectResponse) Reset() {
 	*x = InjectResponse{}
-	mi := &file_atoll_proto_msgTypes[90]
+	mi := &file_atoll_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5909,7 +5993,7 @@ func (x *InjectResponse) String() string {
 func (*InjectResponse) ProtoMessage() {}
 
 func (x *InjectResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[90]
+	mi := &file_atoll_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5922,7 +6006,7 @@ func (x *InjectResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InjectResponse.ProtoReflect.Descriptor instead.
 func (*InjectResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{90}
+	return file_atoll_proto_rawDescGZIP(), []int{91}
 }
 
 func (x *InjectResponse) GetMessage() string {
@@ -5940,7 +6024,7 @@ type AddNodeRequest struct {
 
 func (x *AddNodeRequest) Reset() {
 	*x = AddNodeRequest{}
-	mi := &file_atoll_proto_msgTypes[91]
+	mi := &file_atoll_proto_msgTypes[92]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5952,7 +6036,7 @@ func (x *AddNodeRequest) String() string {
 func (*AddNodeRequest) ProtoMessage() {}
 
 func (x *AddNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[91]
+	mi := &file_atoll_proto_msgTypes[92]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5965,7 +6049,7 @@ func (x *AddNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddNodeRequest.ProtoReflect.Descriptor instead.
 func (*AddNodeRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{91}
+	return file_atoll_proto_rawDescGZIP(), []int{92}
 }
 
 type AddNodeResponse struct {
@@ -5978,7 +6062,7 @@ type AddNodeResponse struct {
 
 func (x *AddNodeResponse) Reset() {
 	*x = AddNodeResponse{}
-	mi := &file_atoll_proto_msgTypes[92]
+	mi := &file_atoll_proto_msgTypes[93]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5990,7 +6074,7 @@ func (x *AddNodeResponse) String() string {
 func (*AddNodeResponse) ProtoMessage() {}
 
 func (x *AddNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[92]
+	mi := &file_atoll_proto_msgTypes[93]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6003,7 +6087,7 @@ func (x *AddNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddNodeResponse.ProtoReflect.Descriptor instead.
 func (*AddNodeResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{92}
+	return file_atoll_proto_rawDescGZIP(), []int{93}
 }
 
 func (x *AddNodeResponse) GetNode() uint32 {
@@ -6126,7 +6210,7 @@ const file_atoll_proto_rawDesc = "" +
 	"cluster_id\x18\x03 \x01(\tR\tclusterId\x12\x1b\n" +
 	"\tmember_id\x18\x04 \x01(\tR\bmemberId\x12\x18\n" +
 	"\amembers\x18\x05 \x03(\tR\amembers\x12'\n" +
-	"\x0finitial_cluster\x18\x06 \x01(\tR\x0einitialCluster\"\xe8\b\n" +
+	"\x0finitial_cluster\x18\x06 \x01(\tR\x0einitialCluster\"\xee\t\n" +
 	"\x06Volume\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1d\n" +
@@ -6161,7 +6245,14 @@ const file_atoll_proto_rawDesc = "" +
 	"\x11reclaimable_bytes\x18\x1a \x01(\x03H\bR\x10reclaimableBytes\x88\x01\x01\x124\n" +
 	"\aexpires\x18\x1b \x01(\v2\x1a.google.protobuf.TimestampR\aexpires\x12\x1d\n" +
 	"\n" +
-	"kept_bytes\x18\x1c \x01(\x03R\tkeptBytes\x1a=\n" +
+	"kept_bytes\x18\x1c \x01(\x03R\tkeptBytes\x12\x1e\n" +
+	"\n" +
+	"redundancy\x18\x1d \x01(\tR\n" +
+	"redundancy\x12$\n" +
+	"\vcoded_bytes\x18\x1e \x01(\x03H\tR\n" +
+	"codedBytes\x88\x01\x01\x12 \n" +
+	"\traw_bytes\x18\x1f \x01(\x03H\n" +
+	"R\brawBytes\x88\x01\x01\x1a=\n" +
 	"\x0fPropertiesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01B\x0f\n" +
@@ -6175,7 +6266,10 @@ const file_atoll_proto_rawDesc = "" +
 	"\x05_lastB\n" +
 	"\n" +
 	"\b_releaseB\x14\n" +
-	"\x12_reclaimable_bytes\"\x89\x03\n" +
+	"\x12_reclaimable_bytesB\x0e\n" +
+	"\f_coded_bytesB\f\n" +
+	"\n" +
+	"_raw_bytes\"\xa9\x03\n" +
 	"\x13CreateVolumeRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1d\n" +
 	"\n" +
@@ -6189,10 +6283,19 @@ const file_atoll_proto_rawDesc = "" +
 	"\n" +
 	"properties\x18\b \x03(\v2-.atoll.v1.CreateVolumeRequest.PropertiesEntryR\n" +
 	"properties\x12(\n" +
-	"\x06limits\x18\t \x01(\v2\x10.atoll.v1.LimitsR\x06limits\x1a=\n" +
+	"\x06limits\x18\t \x01(\v2\x10.atoll.v1.LimitsR\x06limits\x12\x1e\n" +
+	"\n" +
+	"redundancy\x18\n" +
+	" \x01(\tR\n" +
+	"redundancy\x1a=\n" +
 	"\x0fPropertiesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"@\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"J\n" +
+	"\x14SetRedundancyRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1e\n" +
+	"\n" +
+	"redundancy\x18\x02 \x01(\tR\n" +
+	"redundancy\"@\n" +
 	"\x12ListVolumesRequest\x12\x14\n" +
 	"\x05after\x18\x01 \x01(\tR\x05after\x12\x14\n" +
 	"\x05limit\x18\x02 \x01(\x05R\x05limit\"U\n" +
@@ -6548,14 +6651,15 @@ const file_atoll_proto_rawDesc = "" +
 	"\tGetConfig\x12\x1a.atoll.v1.GetConfigRequest\x1a\x1b.atoll.v1.GetConfigResponse\x12A\n" +
 	"\bDiagnose\x12\x19.atoll.v1.DiagnoseRequest\x1a\x1a.atoll.v1.DiagnoseResponse\x12J\n" +
 	"\vCreateToken\x12\x1c.atoll.v1.CreateTokenRequest\x1a\x1d.atoll.v1.CreateTokenResponse\x125\n" +
-	"\x04Join\x12\x15.atoll.v1.JoinRequest\x1a\x16.atoll.v1.JoinResponse2\xb3\x03\n" +
+	"\x04Join\x12\x15.atoll.v1.JoinRequest\x1a\x16.atoll.v1.JoinResponse2\xf6\x03\n" +
 	"\rVolumeService\x12?\n" +
 	"\fCreateVolume\x12\x1d.atoll.v1.CreateVolumeRequest\x1a\x10.atoll.v1.Volume\x12J\n" +
 	"\vListVolumes\x12\x1c.atoll.v1.ListVolumesRequest\x1a\x1d.atoll.v1.ListVolumesResponse\x129\n" +
 	"\tGetVolume\x12\x1a.atoll.v1.GetVolumeRequest\x1a\x10.atoll.v1.Volume\x12?\n" +
 	"\fResizeVolume\x12\x1d.atoll.v1.ResizeVolumeRequest\x1a\x10.atoll.v1.Volume\x12M\n" +
 	"\fDeleteVolume\x12\x1d.atoll.v1.DeleteVolumeRequest\x1a\x1e.atoll.v1.DeleteVolumeResponse\x12J\n" +
-	"\vCheckVolume\x12\x1c.atoll.v1.CheckVolumeRequest\x1a\x1d.atoll.v1.CheckVolumeResponse2\xcf\b\n" +
+	"\vCheckVolume\x12\x1c.atoll.v1.CheckVolumeRequest\x1a\x1d.atoll.v1.CheckVolumeResponse\x12A\n" +
+	"\rSetRedundancy\x12\x1e.atoll.v1.SetRedundancyRequest\x1a\x10.atoll.v1.Volume2\xcf\b\n" +
 	"\x0eVersionService\x12P\n" +
 	"\rCreateVersion\x12\x1e.atoll.v1.CreateVersionRequest\x1a\x1f.atoll.v1.CreateVersionResponse\x12M\n" +
 	"\fListVersions\x12\x1d.atoll.v1.ListVersionsRequest\x1a\x1e.atoll.v1.ListVersionsResponse\x12B\n" +
@@ -6618,7 +6722,7 @@ func file_atoll_proto_rawDescGZIP() []byte {
 	return file_atoll_proto_rawDescData
 }
 
-var file_atoll_proto_msgTypes = make([]protoimpl.MessageInfo, 101)
+var file_atoll_proto_msgTypes = make([]protoimpl.MessageInfo, 102)
 var file_atoll_proto_goTypes = []any{
 	(*ErrorDetail)(nil),             // 0: atoll.v1.ErrorDetail
 	(*GetStatusRequest)(nil),        // 1: atoll.v1.GetStatusRequest
@@ -6640,143 +6744,144 @@ var file_atoll_proto_goTypes = []any{
 	(*JoinResponse)(nil),            // 17: atoll.v1.JoinResponse
 	(*Volume)(nil),                  // 18: atoll.v1.Volume
 	(*CreateVolumeRequest)(nil),     // 19: atoll.v1.CreateVolumeRequest
-	(*ListVolumesRequest)(nil),      // 20: atoll.v1.ListVolumesRequest
-	(*ListVolumesResponse)(nil),     // 21: atoll.v1.ListVolumesResponse
-	(*GetVolumeRequest)(nil),        // 22: atoll.v1.GetVolumeRequest
-	(*ResizeVolumeRequest)(nil),     // 23: atoll.v1.ResizeVolumeRequest
-	(*DeleteVolumeRequest)(nil),     // 24: atoll.v1.DeleteVolumeRequest
-	(*DeleteVolumeResponse)(nil),    // 25: atoll.v1.DeleteVolumeResponse
-	(*CheckVolumeRequest)(nil),      // 26: atoll.v1.CheckVolumeRequest
-	(*CheckVolumeResponse)(nil),     // 27: atoll.v1.CheckVolumeResponse
-	(*Version)(nil),                 // 28: atoll.v1.Version
-	(*CreateVersionRequest)(nil),    // 29: atoll.v1.CreateVersionRequest
-	(*CreateVersionResponse)(nil),   // 30: atoll.v1.CreateVersionResponse
-	(*ListVersionsRequest)(nil),     // 31: atoll.v1.ListVersionsRequest
-	(*ListVersionsResponse)(nil),    // 32: atoll.v1.ListVersionsResponse
-	(*UpdateVersionRequest)(nil),    // 33: atoll.v1.UpdateVersionRequest
-	(*DeleteVersionRequest)(nil),    // 34: atoll.v1.DeleteVersionRequest
-	(*DeleteVersionResponse)(nil),   // 35: atoll.v1.DeleteVersionResponse
-	(*ReleaseVersionRequest)(nil),   // 36: atoll.v1.ReleaseVersionRequest
-	(*RestoreVersionRequest)(nil),   // 37: atoll.v1.RestoreVersionRequest
-	(*RestoreVersionResponse)(nil),  // 38: atoll.v1.RestoreVersionResponse
-	(*CloneVersionRequest)(nil),     // 39: atoll.v1.CloneVersionRequest
-	(*FlattenRequest)(nil),          // 40: atoll.v1.FlattenRequest
-	(*ListChildrenRequest)(nil),     // 41: atoll.v1.ListChildrenRequest
-	(*ListChildrenResponse)(nil),    // 42: atoll.v1.ListChildrenResponse
-	(*Child)(nil),                   // 43: atoll.v1.Child
-	(*DiffRequest)(nil),             // 44: atoll.v1.DiffRequest
-	(*DiffResponse)(nil),            // 45: atoll.v1.DiffResponse
-	(*Extent)(nil),                  // 46: atoll.v1.Extent
-	(*SetScheduleRequest)(nil),      // 47: atoll.v1.SetScheduleRequest
-	(*SetScheduleResponse)(nil),     // 48: atoll.v1.SetScheduleResponse
-	(*BeginImportRequest)(nil),      // 49: atoll.v1.BeginImportRequest
-	(*BeginImportResponse)(nil),     // 50: atoll.v1.BeginImportResponse
-	(*CommitImportRequest)(nil),     // 51: atoll.v1.CommitImportRequest
-	(*AbortImportRequest)(nil),      // 52: atoll.v1.AbortImportRequest
-	(*AbortImportResponse)(nil),     // 53: atoll.v1.AbortImportResponse
-	(*KeepImportRequest)(nil),       // 54: atoll.v1.KeepImportRequest
-	(*KeepImportResponse)(nil),      // 55: atoll.v1.KeepImportResponse
-	(*Entry)(nil),                   // 56: atoll.v1.Entry
-	(*MakeDirectoryRequest)(nil),    // 57: atoll.v1.MakeDirectoryRequest
-	(*RemoveDirectoryRequest)(nil),  // 58: atoll.v1.RemoveDirectoryRequest
-	(*RemoveDirectoryResponse)(nil), // 59: atoll.v1.RemoveDirectoryResponse
-	(*ListDirectoryRequest)(nil),    // 60: atoll.v1.ListDirectoryRequest
-	(*ListDirectoryResponse)(nil),   // 61: atoll.v1.ListDirectoryResponse
-	(*GetEntryRequest)(nil),         // 62: atoll.v1.GetEntryRequest
-	(*RenameRequest)(nil),           // 63: atoll.v1.RenameRequest
-	(*ChangeOwnerRequest)(nil),      // 64: atoll.v1.ChangeOwnerRequest
-	(*SetPropertiesRequest)(nil),    // 65: atoll.v1.SetPropertiesRequest
-	(*Limits)(nil),                  // 66: atoll.v1.Limits
-	(*Limit)(nil),                   // 67: atoll.v1.Limit
-	(*SetLimitsRequest)(nil),        // 68: atoll.v1.SetLimitsRequest
-	(*TrashEntry)(nil),              // 69: atoll.v1.TrashEntry
-	(*MoveToTrashRequest)(nil),      // 70: atoll.v1.MoveToTrashRequest
-	(*ListTrashRequest)(nil),        // 71: atoll.v1.ListTrashRequest
-	(*ListTrashResponse)(nil),       // 72: atoll.v1.ListTrashResponse
-	(*RestoreTrashRequest)(nil),     // 73: atoll.v1.RestoreTrashRequest
-	(*PurgeTrashRequest)(nil),       // 74: atoll.v1.PurgeTrashRequest
-	(*PurgeTrashResponse)(nil),      // 75: atoll.v1.PurgeTrashResponse
-	(*User)(nil),                    // 76: atoll.v1.User
-	(*CreateUserRequest)(nil),       // 77: atoll.v1.CreateUserRequest
-	(*ListUsersRequest)(nil),        // 78: atoll.v1.ListUsersRequest
-	(*ListUsersResponse)(nil),       // 79: atoll.v1.ListUsersResponse
-	(*UpdateUserRequest)(nil),       // 80: atoll.v1.UpdateUserRequest
-	(*AuthenticateRequest)(nil),     // 81: atoll.v1.AuthenticateRequest
-	(*DeleteUserRequest)(nil),       // 82: atoll.v1.DeleteUserRequest
-	(*DeleteUserResponse)(nil),      // 83: atoll.v1.DeleteUserResponse
-	(*Task)(nil),                    // 84: atoll.v1.Task
-	(*ListTasksRequest)(nil),        // 85: atoll.v1.ListTasksRequest
-	(*ListTasksResponse)(nil),       // 86: atoll.v1.ListTasksResponse
-	(*GetTaskRequest)(nil),          // 87: atoll.v1.GetTaskRequest
-	(*CancelTaskRequest)(nil),       // 88: atoll.v1.CancelTaskRequest
-	(*InjectRequest)(nil),           // 89: atoll.v1.InjectRequest
-	(*InjectResponse)(nil),          // 90: atoll.v1.InjectResponse
-	(*AddNodeRequest)(nil),          // 91: atoll.v1.AddNodeRequest
-	(*AddNodeResponse)(nil),         // 92: atoll.v1.AddNodeResponse
-	nil,                             // 93: atoll.v1.Volume.PropertiesEntry
-	nil,                             // 94: atoll.v1.CreateVolumeRequest.PropertiesEntry
-	nil,                             // 95: atoll.v1.Version.PropertiesEntry
-	nil,                             // 96: atoll.v1.CreateVersionRequest.PropertiesEntry
-	nil,                             // 97: atoll.v1.CloneVersionRequest.PropertiesEntry
-	nil,                             // 98: atoll.v1.CommitImportRequest.PropertiesEntry
-	nil,                             // 99: atoll.v1.Entry.PropertiesEntry
-	nil,                             // 100: atoll.v1.SetPropertiesRequest.PropertiesEntry
-	(*timestamppb.Timestamp)(nil),   // 101: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),     // 102: google.protobuf.Duration
+	(*SetRedundancyRequest)(nil),    // 20: atoll.v1.SetRedundancyRequest
+	(*ListVolumesRequest)(nil),      // 21: atoll.v1.ListVolumesRequest
+	(*ListVolumesResponse)(nil),     // 22: atoll.v1.ListVolumesResponse
+	(*GetVolumeRequest)(nil),        // 23: atoll.v1.GetVolumeRequest
+	(*ResizeVolumeRequest)(nil),     // 24: atoll.v1.ResizeVolumeRequest
+	(*DeleteVolumeRequest)(nil),     // 25: atoll.v1.DeleteVolumeRequest
+	(*DeleteVolumeResponse)(nil),    // 26: atoll.v1.DeleteVolumeResponse
+	(*CheckVolumeRequest)(nil),      // 27: atoll.v1.CheckVolumeRequest
+	(*CheckVolumeResponse)(nil),     // 28: atoll.v1.CheckVolumeResponse
+	(*Version)(nil),                 // 29: atoll.v1.Version
+	(*CreateVersionRequest)(nil),    // 30: atoll.v1.CreateVersionRequest
+	(*CreateVersionResponse)(nil),   // 31: atoll.v1.CreateVersionResponse
+	(*ListVersionsRequest)(nil),     // 32: atoll.v1.ListVersionsRequest
+	(*ListVersionsResponse)(nil),    // 33: atoll.v1.ListVersionsResponse
+	(*UpdateVersionRequest)(nil),    // 34: atoll.v1.UpdateVersionRequest
+	(*DeleteVersionRequest)(nil),    // 35: atoll.v1.DeleteVersionRequest
+	(*DeleteVersionResponse)(nil),   // 36: atoll.v1.DeleteVersionResponse
+	(*ReleaseVersionRequest)(nil),   // 37: atoll.v1.ReleaseVersionRequest
+	(*RestoreVersionRequest)(nil),   // 38: atoll.v1.RestoreVersionRequest
+	(*RestoreVersionResponse)(nil),  // 39: atoll.v1.RestoreVersionResponse
+	(*CloneVersionRequest)(nil),     // 40: atoll.v1.CloneVersionRequest
+	(*FlattenRequest)(nil),          // 41: atoll.v1.FlattenRequest
+	(*ListChildrenRequest)(nil),     // 42: atoll.v1.ListChildrenRequest
+	(*ListChildrenResponse)(nil),    // 43: atoll.v1.ListChildrenResponse
+	(*Child)(nil),                   // 44: atoll.v1.Child
+	(*DiffRequest)(nil),             // 45: atoll.v1.DiffRequest
+	(*DiffResponse)(nil),            // 46: atoll.v1.DiffResponse
+	(*Extent)(nil),                  // 47: atoll.v1.Extent
+	(*SetScheduleRequest)(nil),      // 48: atoll.v1.SetScheduleRequest
+	(*SetScheduleResponse)(nil),     // 49: atoll.v1.SetScheduleResponse
+	(*BeginImportRequest)(nil),      // 50: atoll.v1.BeginImportRequest
+	(*BeginImportResponse)(nil),     // 51: atoll.v1.BeginImportResponse
+	(*CommitImportRequest)(nil),     // 52: atoll.v1.CommitImportRequest
+	(*AbortImportRequest)(nil),      // 53: atoll.v1.AbortImportRequest
+	(*AbortImportResponse)(nil),     // 54: atoll.v1.AbortImportResponse
+	(*KeepImportRequest)(nil),       // 55: atoll.v1.KeepImportRequest
+	(*KeepImportResponse)(nil),      // 56: atoll.v1.KeepImportResponse
+	(*Entry)(nil),                   // 57: atoll.v1.Entry
+	(*MakeDirectoryRequest)(nil),    // 58: atoll.v1.MakeDirectoryRequest
+	(*RemoveDirectoryRequest)(nil),  // 59: atoll.v1.RemoveDirectoryRequest
+	(*RemoveDirectoryResponse)(nil), // 60: atoll.v1.RemoveDirectoryResponse
+	(*ListDirectoryRequest)(nil),    // 61: atoll.v1.ListDirectoryRequest
+	(*ListDirectoryResponse)(nil),   // 62: atoll.v1.ListDirectoryResponse
+	(*GetEntryRequest)(nil),         // 63: atoll.v1.GetEntryRequest
+	(*RenameRequest)(nil),           // 64: atoll.v1.RenameRequest
+	(*ChangeOwnerRequest)(nil),      // 65: atoll.v1.ChangeOwnerRequest
+	(*SetPropertiesRequest)(nil),    // 66: atoll.v1.SetPropertiesRequest
+	(*Limits)(nil),                  // 67: atoll.v1.Limits
+	(*Limit)(nil),                   // 68: atoll.v1.Limit
+	(*SetLimitsRequest)(nil),        // 69: atoll.v1.SetLimitsRequest
+	(*TrashEntry)(nil),              // 70: atoll.v1.TrashEntry
+	(*MoveToTrashRequest)(nil),      // 71: atoll.v1.MoveToTrashRequest
+	(*ListTrashRequest)(nil),        // 72: atoll.v1.ListTrashRequest
+	(*ListTrashResponse)(nil),       // 73: atoll.v1.ListTrashResponse
+	(*RestoreTrashRequest)(nil),     // 74: atoll.v1.RestoreTrashRequest
+	(*PurgeTrashRequest)(nil),       // 75: atoll.v1.PurgeTrashRequest
+	(*PurgeTrashResponse)(nil),      // 76: atoll.v1.PurgeTrashResponse
+	(*User)(nil),                    // 77: atoll.v1.User
+	(*CreateUserRequest)(nil),       // 78: atoll.v1.CreateUserRequest
+	(*ListUsersRequest)(nil),        // 79: atoll.v1.ListUsersRequest
+	(*ListUsersResponse)(nil),       // 80: atoll.v1.ListUsersResponse
+	(*UpdateUserRequest)(nil),       // 81: atoll.v1.UpdateUserRequest
+	(*AuthenticateRequest)(nil),     // 82: atoll.v1.AuthenticateRequest
+	(*DeleteUserRequest)(nil),       // 83: atoll.v1.DeleteUserRequest
+	(*DeleteUserResponse)(nil),      // 84: atoll.v1.DeleteUserResponse
+	(*Task)(nil),                    // 85: atoll.v1.Task
+	(*ListTasksRequest)(nil),        // 86: atoll.v1.ListTasksRequest
+	(*ListTasksResponse)(nil),       // 87: atoll.v1.ListTasksResponse
+	(*GetTaskRequest)(nil),          // 88: atoll.v1.GetTaskRequest
+	(*CancelTaskRequest)(nil),       // 89: atoll.v1.CancelTaskRequest
+	(*InjectRequest)(nil),           // 90: atoll.v1.InjectRequest
+	(*InjectResponse)(nil),          // 91: atoll.v1.InjectResponse
+	(*AddNodeRequest)(nil),          // 92: atoll.v1.AddNodeRequest
+	(*AddNodeResponse)(nil),         // 93: atoll.v1.AddNodeResponse
+	nil,                             // 94: atoll.v1.Volume.PropertiesEntry
+	nil,                             // 95: atoll.v1.CreateVolumeRequest.PropertiesEntry
+	nil,                             // 96: atoll.v1.Version.PropertiesEntry
+	nil,                             // 97: atoll.v1.CreateVersionRequest.PropertiesEntry
+	nil,                             // 98: atoll.v1.CloneVersionRequest.PropertiesEntry
+	nil,                             // 99: atoll.v1.CommitImportRequest.PropertiesEntry
+	nil,                             // 100: atoll.v1.Entry.PropertiesEntry
+	nil,                             // 101: atoll.v1.SetPropertiesRequest.PropertiesEntry
+	(*timestamppb.Timestamp)(nil),   // 102: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),     // 103: google.protobuf.Duration
 }
 var file_atoll_proto_depIdxs = []int32{
 	4,   // 0: atoll.v1.GetStatusResponse.processes:type_name -> atoll.v1.Process
-	101, // 1: atoll.v1.GetStatusResponse.now:type_name -> google.protobuf.Timestamp
+	102, // 1: atoll.v1.GetStatusResponse.now:type_name -> google.protobuf.Timestamp
 	3,   // 2: atoll.v1.GetStatusResponse.kept:type_name -> atoll.v1.KeptMedium
-	101, // 3: atoll.v1.Process.started:type_name -> google.protobuf.Timestamp
+	102, // 3: atoll.v1.Process.started:type_name -> google.protobuf.Timestamp
 	7,   // 4: atoll.v1.ListNodesResponse.nodes:type_name -> atoll.v1.Node
-	102, // 5: atoll.v1.Node.append_p99:type_name -> google.protobuf.Duration
+	103, // 5: atoll.v1.Node.append_p99:type_name -> google.protobuf.Duration
 	10,  // 6: atoll.v1.GetConfigResponse.settings:type_name -> atoll.v1.Setting
 	13,  // 7: atoll.v1.DiagnoseResponse.findings:type_name -> atoll.v1.Finding
-	102, // 8: atoll.v1.CreateTokenRequest.ttl:type_name -> google.protobuf.Duration
-	101, // 9: atoll.v1.CreateTokenResponse.expires:type_name -> google.protobuf.Timestamp
-	101, // 10: atoll.v1.Volume.created:type_name -> google.protobuf.Timestamp
-	93,  // 11: atoll.v1.Volume.properties:type_name -> atoll.v1.Volume.PropertiesEntry
-	66,  // 12: atoll.v1.Volume.limits:type_name -> atoll.v1.Limits
-	101, // 13: atoll.v1.Volume.expires:type_name -> google.protobuf.Timestamp
-	94,  // 14: atoll.v1.CreateVolumeRequest.properties:type_name -> atoll.v1.CreateVolumeRequest.PropertiesEntry
-	66,  // 15: atoll.v1.CreateVolumeRequest.limits:type_name -> atoll.v1.Limits
+	103, // 8: atoll.v1.CreateTokenRequest.ttl:type_name -> google.protobuf.Duration
+	102, // 9: atoll.v1.CreateTokenResponse.expires:type_name -> google.protobuf.Timestamp
+	102, // 10: atoll.v1.Volume.created:type_name -> google.protobuf.Timestamp
+	94,  // 11: atoll.v1.Volume.properties:type_name -> atoll.v1.Volume.PropertiesEntry
+	67,  // 12: atoll.v1.Volume.limits:type_name -> atoll.v1.Limits
+	102, // 13: atoll.v1.Volume.expires:type_name -> google.protobuf.Timestamp
+	95,  // 14: atoll.v1.CreateVolumeRequest.properties:type_name -> atoll.v1.CreateVolumeRequest.PropertiesEntry
+	67,  // 15: atoll.v1.CreateVolumeRequest.limits:type_name -> atoll.v1.Limits
 	18,  // 16: atoll.v1.ListVolumesResponse.volumes:type_name -> atoll.v1.Volume
-	101, // 17: atoll.v1.DeleteVolumeResponse.expires:type_name -> google.protobuf.Timestamp
-	101, // 18: atoll.v1.Version.time:type_name -> google.protobuf.Timestamp
-	95,  // 19: atoll.v1.Version.properties:type_name -> atoll.v1.Version.PropertiesEntry
-	96,  // 20: atoll.v1.CreateVersionRequest.properties:type_name -> atoll.v1.CreateVersionRequest.PropertiesEntry
-	28,  // 21: atoll.v1.CreateVersionResponse.versions:type_name -> atoll.v1.Version
-	28,  // 22: atoll.v1.ListVersionsResponse.versions:type_name -> atoll.v1.Version
-	28,  // 23: atoll.v1.RestoreVersionResponse.version:type_name -> atoll.v1.Version
-	28,  // 24: atoll.v1.RestoreVersionResponse.saved:type_name -> atoll.v1.Version
-	97,  // 25: atoll.v1.CloneVersionRequest.properties:type_name -> atoll.v1.CloneVersionRequest.PropertiesEntry
-	43,  // 26: atoll.v1.ListChildrenResponse.children:type_name -> atoll.v1.Child
-	46,  // 27: atoll.v1.DiffResponse.extents:type_name -> atoll.v1.Extent
-	98,  // 28: atoll.v1.CommitImportRequest.properties:type_name -> atoll.v1.CommitImportRequest.PropertiesEntry
-	101, // 29: atoll.v1.Entry.created:type_name -> google.protobuf.Timestamp
-	99,  // 30: atoll.v1.Entry.properties:type_name -> atoll.v1.Entry.PropertiesEntry
-	56,  // 31: atoll.v1.ListDirectoryResponse.entries:type_name -> atoll.v1.Entry
-	100, // 32: atoll.v1.SetPropertiesRequest.properties:type_name -> atoll.v1.SetPropertiesRequest.PropertiesEntry
-	67,  // 33: atoll.v1.Limits.iops:type_name -> atoll.v1.Limit
-	67,  // 34: atoll.v1.Limits.read_iops:type_name -> atoll.v1.Limit
-	67,  // 35: atoll.v1.Limits.write_iops:type_name -> atoll.v1.Limit
-	67,  // 36: atoll.v1.Limits.bytes:type_name -> atoll.v1.Limit
-	67,  // 37: atoll.v1.Limits.read_bytes:type_name -> atoll.v1.Limit
-	67,  // 38: atoll.v1.Limits.write_bytes:type_name -> atoll.v1.Limit
-	66,  // 39: atoll.v1.SetLimitsRequest.limits:type_name -> atoll.v1.Limits
-	101, // 40: atoll.v1.TrashEntry.removed:type_name -> google.protobuf.Timestamp
-	101, // 41: atoll.v1.TrashEntry.expires:type_name -> google.protobuf.Timestamp
-	101, // 42: atoll.v1.TrashEntry.created:type_name -> google.protobuf.Timestamp
-	101, // 43: atoll.v1.MoveToTrashRequest.expires:type_name -> google.protobuf.Timestamp
-	69,  // 44: atoll.v1.ListTrashResponse.entries:type_name -> atoll.v1.TrashEntry
-	101, // 45: atoll.v1.PurgeTrashRequest.expired_before:type_name -> google.protobuf.Timestamp
-	101, // 46: atoll.v1.User.created:type_name -> google.protobuf.Timestamp
-	76,  // 47: atoll.v1.ListUsersResponse.users:type_name -> atoll.v1.User
-	101, // 48: atoll.v1.Task.started:type_name -> google.protobuf.Timestamp
-	101, // 49: atoll.v1.Task.ended:type_name -> google.protobuf.Timestamp
-	84,  // 50: atoll.v1.ListTasksResponse.tasks:type_name -> atoll.v1.Task
-	102, // 51: atoll.v1.InjectRequest.delay:type_name -> google.protobuf.Duration
+	102, // 17: atoll.v1.DeleteVolumeResponse.expires:type_name -> google.protobuf.Timestamp
+	102, // 18: atoll.v1.Version.time:type_name -> google.protobuf.Timestamp
+	96,  // 19: atoll.v1.Version.properties:type_name -> atoll.v1.Version.PropertiesEntry
+	97,  // 20: atoll.v1.CreateVersionRequest.properties:type_name -> atoll.v1.CreateVersionRequest.PropertiesEntry
+	29,  // 21: atoll.v1.CreateVersionResponse.versions:type_name -> atoll.v1.Version
+	29,  // 22: atoll.v1.ListVersionsResponse.versions:type_name -> atoll.v1.Version
+	29,  // 23: atoll.v1.RestoreVersionResponse.version:type_name -> atoll.v1.Version
+	29,  // 24: atoll.v1.RestoreVersionResponse.saved:type_name -> atoll.v1.Version
+	98,  // 25: atoll.v1.CloneVersionRequest.properties:type_name -> atoll.v1.CloneVersionRequest.PropertiesEntry
+	44,  // 26: atoll.v1.ListChildrenResponse.children:type_name -> atoll.v1.Child
+	47,  // 27: atoll.v1.DiffResponse.extents:type_name -> atoll.v1.Extent
+	99,  // 28: atoll.v1.CommitImportRequest.properties:type_name -> atoll.v1.CommitImportRequest.PropertiesEntry
+	102, // 29: atoll.v1.Entry.created:type_name -> google.protobuf.Timestamp
+	100, // 30: atoll.v1.Entry.properties:type_name -> atoll.v1.Entry.PropertiesEntry
+	57,  // 31: atoll.v1.ListDirectoryResponse.entries:type_name -> atoll.v1.Entry
+	101, // 32: atoll.v1.SetPropertiesRequest.properties:type_name -> atoll.v1.SetPropertiesRequest.PropertiesEntry
+	68,  // 33: atoll.v1.Limits.iops:type_name -> atoll.v1.Limit
+	68,  // 34: atoll.v1.Limits.read_iops:type_name -> atoll.v1.Limit
+	68,  // 35: atoll.v1.Limits.write_iops:type_name -> atoll.v1.Limit
+	68,  // 36: atoll.v1.Limits.bytes:type_name -> atoll.v1.Limit
+	68,  // 37: atoll.v1.Limits.read_bytes:type_name -> atoll.v1.Limit
+	68,  // 38: atoll.v1.Limits.write_bytes:type_name -> atoll.v1.Limit
+	67,  // 39: atoll.v1.SetLimitsRequest.limits:type_name -> atoll.v1.Limits
+	102, // 40: atoll.v1.TrashEntry.removed:type_name -> google.protobuf.Timestamp
+	102, // 41: atoll.v1.TrashEntry.expires:type_name -> google.protobuf.Timestamp
+	102, // 42: atoll.v1.TrashEntry.created:type_name -> google.protobuf.Timestamp
+	102, // 43: atoll.v1.MoveToTrashRequest.expires:type_name -> google.protobuf.Timestamp
+	70,  // 44: atoll.v1.ListTrashResponse.entries:type_name -> atoll.v1.TrashEntry
+	102, // 45: atoll.v1.PurgeTrashRequest.expired_before:type_name -> google.protobuf.Timestamp
+	102, // 46: atoll.v1.User.created:type_name -> google.protobuf.Timestamp
+	77,  // 47: atoll.v1.ListUsersResponse.users:type_name -> atoll.v1.User
+	102, // 48: atoll.v1.Task.started:type_name -> google.protobuf.Timestamp
+	102, // 49: atoll.v1.Task.ended:type_name -> google.protobuf.Timestamp
+	85,  // 50: atoll.v1.ListTasksResponse.tasks:type_name -> atoll.v1.Task
+	103, // 51: atoll.v1.InjectRequest.delay:type_name -> google.protobuf.Duration
 	1,   // 52: atoll.v1.ClusterService.GetStatus:input_type -> atoll.v1.GetStatusRequest
 	5,   // 53: atoll.v1.ClusterService.ListNodes:input_type -> atoll.v1.ListNodesRequest
 	8,   // 54: atoll.v1.ClusterService.GetConfig:input_type -> atoll.v1.GetConfigRequest
@@ -6784,99 +6889,101 @@ var file_atoll_proto_depIdxs = []int32{
 	14,  // 56: atoll.v1.ClusterService.CreateToken:input_type -> atoll.v1.CreateTokenRequest
 	16,  // 57: atoll.v1.ClusterService.Join:input_type -> atoll.v1.JoinRequest
 	19,  // 58: atoll.v1.VolumeService.CreateVolume:input_type -> atoll.v1.CreateVolumeRequest
-	20,  // 59: atoll.v1.VolumeService.ListVolumes:input_type -> atoll.v1.ListVolumesRequest
-	22,  // 60: atoll.v1.VolumeService.GetVolume:input_type -> atoll.v1.GetVolumeRequest
-	23,  // 61: atoll.v1.VolumeService.ResizeVolume:input_type -> atoll.v1.ResizeVolumeRequest
-	24,  // 62: atoll.v1.VolumeService.DeleteVolume:input_type -> atoll.v1.DeleteVolumeRequest
-	26,  // 63: atoll.v1.VolumeService.CheckVolume:input_type -> atoll.v1.CheckVolumeRequest
-	29,  // 64: atoll.v1.VersionService.CreateVersion:input_type -> atoll.v1.CreateVersionRequest
-	31,  // 65: atoll.v1.VersionService.ListVersions:input_type -> atoll.v1.ListVersionsRequest
-	33,  // 66: atoll.v1.VersionService.UpdateVersion:input_type -> atoll.v1.UpdateVersionRequest
-	34,  // 67: atoll.v1.VersionService.DeleteVersion:input_type -> atoll.v1.DeleteVersionRequest
-	36,  // 68: atoll.v1.VersionService.ReleaseVersion:input_type -> atoll.v1.ReleaseVersionRequest
-	37,  // 69: atoll.v1.VersionService.RestoreVersion:input_type -> atoll.v1.RestoreVersionRequest
-	39,  // 70: atoll.v1.VersionService.CloneVersion:input_type -> atoll.v1.CloneVersionRequest
-	40,  // 71: atoll.v1.VersionService.Flatten:input_type -> atoll.v1.FlattenRequest
-	41,  // 72: atoll.v1.VersionService.ListChildren:input_type -> atoll.v1.ListChildrenRequest
-	44,  // 73: atoll.v1.VersionService.Diff:input_type -> atoll.v1.DiffRequest
-	47,  // 74: atoll.v1.VersionService.SetSchedule:input_type -> atoll.v1.SetScheduleRequest
-	49,  // 75: atoll.v1.VersionService.BeginImport:input_type -> atoll.v1.BeginImportRequest
-	51,  // 76: atoll.v1.VersionService.CommitImport:input_type -> atoll.v1.CommitImportRequest
-	52,  // 77: atoll.v1.VersionService.AbortImport:input_type -> atoll.v1.AbortImportRequest
-	54,  // 78: atoll.v1.VersionService.KeepImport:input_type -> atoll.v1.KeepImportRequest
-	57,  // 79: atoll.v1.NamespaceService.MakeDirectory:input_type -> atoll.v1.MakeDirectoryRequest
-	58,  // 80: atoll.v1.NamespaceService.RemoveDirectory:input_type -> atoll.v1.RemoveDirectoryRequest
-	60,  // 81: atoll.v1.NamespaceService.ListDirectory:input_type -> atoll.v1.ListDirectoryRequest
-	62,  // 82: atoll.v1.NamespaceService.GetEntry:input_type -> atoll.v1.GetEntryRequest
-	63,  // 83: atoll.v1.NamespaceService.Rename:input_type -> atoll.v1.RenameRequest
-	64,  // 84: atoll.v1.NamespaceService.ChangeOwner:input_type -> atoll.v1.ChangeOwnerRequest
-	65,  // 85: atoll.v1.NamespaceService.SetProperties:input_type -> atoll.v1.SetPropertiesRequest
-	68,  // 86: atoll.v1.NamespaceService.SetLimits:input_type -> atoll.v1.SetLimitsRequest
-	70,  // 87: atoll.v1.TrashService.MoveToTrash:input_type -> atoll.v1.MoveToTrashRequest
-	71,  // 88: atoll.v1.TrashService.ListTrash:input_type -> atoll.v1.ListTrashRequest
-	73,  // 89: atoll.v1.TrashService.RestoreTrash:input_type -> atoll.v1.RestoreTrashRequest
-	74,  // 90: atoll.v1.TrashService.PurgeTrash:input_type -> atoll.v1.PurgeTrashRequest
-	77,  // 91: atoll.v1.UserService.CreateUser:input_type -> atoll.v1.CreateUserRequest
-	78,  // 92: atoll.v1.UserService.ListUsers:input_type -> atoll.v1.ListUsersRequest
-	80,  // 93: atoll.v1.UserService.UpdateUser:input_type -> atoll.v1.UpdateUserRequest
-	82,  // 94: atoll.v1.UserService.DeleteUser:input_type -> atoll.v1.DeleteUserRequest
-	81,  // 95: atoll.v1.UserService.Authenticate:input_type -> atoll.v1.AuthenticateRequest
-	85,  // 96: atoll.v1.TaskService.ListTasks:input_type -> atoll.v1.ListTasksRequest
-	87,  // 97: atoll.v1.TaskService.GetTask:input_type -> atoll.v1.GetTaskRequest
-	88,  // 98: atoll.v1.TaskService.CancelTask:input_type -> atoll.v1.CancelTaskRequest
-	89,  // 99: atoll.v1.DemoService.Inject:input_type -> atoll.v1.InjectRequest
-	91,  // 100: atoll.v1.DemoService.AddNode:input_type -> atoll.v1.AddNodeRequest
-	2,   // 101: atoll.v1.ClusterService.GetStatus:output_type -> atoll.v1.GetStatusResponse
-	6,   // 102: atoll.v1.ClusterService.ListNodes:output_type -> atoll.v1.ListNodesResponse
-	9,   // 103: atoll.v1.ClusterService.GetConfig:output_type -> atoll.v1.GetConfigResponse
-	12,  // 104: atoll.v1.ClusterService.Diagnose:output_type -> atoll.v1.DiagnoseResponse
-	15,  // 105: atoll.v1.ClusterService.CreateToken:output_type -> atoll.v1.CreateTokenResponse
-	17,  // 106: atoll.v1.ClusterService.Join:output_type -> atoll.v1.JoinResponse
-	18,  // 107: atoll.v1.VolumeService.CreateVolume:output_type -> atoll.v1.Volume
-	21,  // 108: atoll.v1.VolumeService.ListVolumes:output_type -> atoll.v1.ListVolumesResponse
-	18,  // 109: atoll.v1.VolumeService.GetVolume:output_type -> atoll.v1.Volume
-	18,  // 110: atoll.v1.VolumeService.ResizeVolume:output_type -> atoll.v1.Volume
-	25,  // 111: atoll.v1.VolumeService.DeleteVolume:output_type -> atoll.v1.DeleteVolumeResponse
-	27,  // 112: atoll.v1.VolumeService.CheckVolume:output_type -> atoll.v1.CheckVolumeResponse
-	30,  // 113: atoll.v1.VersionService.CreateVersion:output_type -> atoll.v1.CreateVersionResponse
-	32,  // 114: atoll.v1.VersionService.ListVersions:output_type -> atoll.v1.ListVersionsResponse
-	28,  // 115: atoll.v1.VersionService.UpdateVersion:output_type -> atoll.v1.Version
-	35,  // 116: atoll.v1.VersionService.DeleteVersion:output_type -> atoll.v1.DeleteVersionResponse
-	28,  // 117: atoll.v1.VersionService.ReleaseVersion:output_type -> atoll.v1.Version
-	38,  // 118: atoll.v1.VersionService.RestoreVersion:output_type -> atoll.v1.RestoreVersionResponse
-	18,  // 119: atoll.v1.VersionService.CloneVersion:output_type -> atoll.v1.Volume
-	84,  // 120: atoll.v1.VersionService.Flatten:output_type -> atoll.v1.Task
-	42,  // 121: atoll.v1.VersionService.ListChildren:output_type -> atoll.v1.ListChildrenResponse
-	45,  // 122: atoll.v1.VersionService.Diff:output_type -> atoll.v1.DiffResponse
-	48,  // 123: atoll.v1.VersionService.SetSchedule:output_type -> atoll.v1.SetScheduleResponse
-	50,  // 124: atoll.v1.VersionService.BeginImport:output_type -> atoll.v1.BeginImportResponse
-	28,  // 125: atoll.v1.VersionService.CommitImport:output_type -> atoll.v1.Version
-	53,  // 126: atoll.v1.VersionService.AbortImport:output_type -> atoll.v1.AbortImportResponse
-	55,  // 127: atoll.v1.VersionService.KeepImport:output_type -> atoll.v1.KeepImportResponse
-	56,  // 128: atoll.v1.NamespaceService.MakeDirectory:output_type -> atoll.v1.Entry
-	59,  // 129: atoll.v1.NamespaceService.RemoveDirectory:output_type -> atoll.v1.RemoveDirectoryResponse
-	61,  // 130: atoll.v1.NamespaceService.ListDirectory:output_type -> atoll.v1.ListDirectoryResponse
-	56,  // 131: atoll.v1.NamespaceService.GetEntry:output_type -> atoll.v1.Entry
-	56,  // 132: atoll.v1.NamespaceService.Rename:output_type -> atoll.v1.Entry
-	56,  // 133: atoll.v1.NamespaceService.ChangeOwner:output_type -> atoll.v1.Entry
-	56,  // 134: atoll.v1.NamespaceService.SetProperties:output_type -> atoll.v1.Entry
-	66,  // 135: atoll.v1.NamespaceService.SetLimits:output_type -> atoll.v1.Limits
-	69,  // 136: atoll.v1.TrashService.MoveToTrash:output_type -> atoll.v1.TrashEntry
-	72,  // 137: atoll.v1.TrashService.ListTrash:output_type -> atoll.v1.ListTrashResponse
-	56,  // 138: atoll.v1.TrashService.RestoreTrash:output_type -> atoll.v1.Entry
-	75,  // 139: atoll.v1.TrashService.PurgeTrash:output_type -> atoll.v1.PurgeTrashResponse
-	76,  // 140: atoll.v1.UserService.CreateUser:output_type -> atoll.v1.User
-	79,  // 141: atoll.v1.UserService.ListUsers:output_type -> atoll.v1.ListUsersResponse
-	76,  // 142: atoll.v1.UserService.UpdateUser:output_type -> atoll.v1.User
-	83,  // 143: atoll.v1.UserService.DeleteUser:output_type -> atoll.v1.DeleteUserResponse
-	76,  // 144: atoll.v1.UserService.Authenticate:output_type -> atoll.v1.User
-	86,  // 145: atoll.v1.TaskService.ListTasks:output_type -> atoll.v1.ListTasksResponse
-	84,  // 146: atoll.v1.TaskService.GetTask:output_type -> atoll.v1.Task
-	84,  // 147: atoll.v1.TaskService.CancelTask:output_type -> atoll.v1.Task
-	90,  // 148: atoll.v1.DemoService.Inject:output_type -> atoll.v1.InjectResponse
-	92,  // 149: atoll.v1.DemoService.AddNode:output_type -> atoll.v1.AddNodeResponse
-	101, // [101:150] is the sub-list for method output_type
-	52,  // [52:101] is the sub-list for method input_type
+	21,  // 59: atoll.v1.VolumeService.ListVolumes:input_type -> atoll.v1.ListVolumesRequest
+	23,  // 60: atoll.v1.VolumeService.GetVolume:input_type -> atoll.v1.GetVolumeRequest
+	24,  // 61: atoll.v1.VolumeService.ResizeVolume:input_type -> atoll.v1.ResizeVolumeRequest
+	25,  // 62: atoll.v1.VolumeService.DeleteVolume:input_type -> atoll.v1.DeleteVolumeRequest
+	27,  // 63: atoll.v1.VolumeService.CheckVolume:input_type -> atoll.v1.CheckVolumeRequest
+	20,  // 64: atoll.v1.VolumeService.SetRedundancy:input_type -> atoll.v1.SetRedundancyRequest
+	30,  // 65: atoll.v1.VersionService.CreateVersion:input_type -> atoll.v1.CreateVersionRequest
+	32,  // 66: atoll.v1.VersionService.ListVersions:input_type -> atoll.v1.ListVersionsRequest
+	34,  // 67: atoll.v1.VersionService.UpdateVersion:input_type -> atoll.v1.UpdateVersionRequest
+	35,  // 68: atoll.v1.VersionService.DeleteVersion:input_type -> atoll.v1.DeleteVersionRequest
+	37,  // 69: atoll.v1.VersionService.ReleaseVersion:input_type -> atoll.v1.ReleaseVersionRequest
+	38,  // 70: atoll.v1.VersionService.RestoreVersion:input_type -> atoll.v1.RestoreVersionRequest
+	40,  // 71: atoll.v1.VersionService.CloneVersion:input_type -> atoll.v1.CloneVersionRequest
+	41,  // 72: atoll.v1.VersionService.Flatten:input_type -> atoll.v1.FlattenRequest
+	42,  // 73: atoll.v1.VersionService.ListChildren:input_type -> atoll.v1.ListChildrenRequest
+	45,  // 74: atoll.v1.VersionService.Diff:input_type -> atoll.v1.DiffRequest
+	48,  // 75: atoll.v1.VersionService.SetSchedule:input_type -> atoll.v1.SetScheduleRequest
+	50,  // 76: atoll.v1.VersionService.BeginImport:input_type -> atoll.v1.BeginImportRequest
+	52,  // 77: atoll.v1.VersionService.CommitImport:input_type -> atoll.v1.CommitImportRequest
+	53,  // 78: atoll.v1.VersionService.AbortImport:input_type -> atoll.v1.AbortImportRequest
+	55,  // 79: atoll.v1.VersionService.KeepImport:input_type -> atoll.v1.KeepImportRequest
+	58,  // 80: atoll.v1.NamespaceService.MakeDirectory:input_type -> atoll.v1.MakeDirectoryRequest
+	59,  // 81: atoll.v1.NamespaceService.RemoveDirectory:input_type -> atoll.v1.RemoveDirectoryRequest
+	61,  // 82: atoll.v1.NamespaceService.ListDirectory:input_type -> atoll.v1.ListDirectoryRequest
+	63,  // 83: atoll.v1.NamespaceService.GetEntry:input_type -> atoll.v1.GetEntryRequest
+	64,  // 84: atoll.v1.NamespaceService.Rename:input_type -> atoll.v1.RenameRequest
+	65,  // 85: atoll.v1.NamespaceService.ChangeOwner:input_type -> atoll.v1.ChangeOwnerRequest
+	66,  // 86: atoll.v1.NamespaceService.SetProperties:input_type -> atoll.v1.SetPropertiesRequest
+	69,  // 87: atoll.v1.NamespaceService.SetLimits:input_type -> atoll.v1.SetLimitsRequest
+	71,  // 88: atoll.v1.TrashService.MoveToTrash:input_type -> atoll.v1.MoveToTrashRequest
+	72,  // 89: atoll.v1.TrashService.ListTrash:input_type -> atoll.v1.ListTrashRequest
+	74,  // 90: atoll.v1.TrashService.RestoreTrash:input_type -> atoll.v1.RestoreTrashRequest
+	75,  // 91: atoll.v1.TrashService.PurgeTrash:input_type -> atoll.v1.PurgeTrashRequest
+	78,  // 92: atoll.v1.UserService.CreateUser:input_type -> atoll.v1.CreateUserRequest
+	79,  // 93: atoll.v1.UserService.ListUsers:input_type -> atoll.v1.ListUsersRequest
+	81,  // 94: atoll.v1.UserService.UpdateUser:input_type -> atoll.v1.UpdateUserRequest
+	83,  // 95: atoll.v1.UserService.DeleteUser:input_type -> atoll.v1.DeleteUserRequest
+	82,  // 96: atoll.v1.UserService.Authenticate:input_type -> atoll.v1.AuthenticateRequest
+	86,  // 97: atoll.v1.TaskService.ListTasks:input_type -> atoll.v1.ListTasksRequest
+	88,  // 98: atoll.v1.TaskService.GetTask:input_type -> atoll.v1.GetTaskRequest
+	89,  // 99: atoll.v1.TaskService.CancelTask:input_type -> atoll.v1.CancelTaskRequest
+	90,  // 100: atoll.v1.DemoService.Inject:input_type -> atoll.v1.InjectRequest
+	92,  // 101: atoll.v1.DemoService.AddNode:input_type -> atoll.v1.AddNodeRequest
+	2,   // 102: atoll.v1.ClusterService.GetStatus:output_type -> atoll.v1.GetStatusResponse
+	6,   // 103: atoll.v1.ClusterService.ListNodes:output_type -> atoll.v1.ListNodesResponse
+	9,   // 104: atoll.v1.ClusterService.GetConfig:output_type -> atoll.v1.GetConfigResponse
+	12,  // 105: atoll.v1.ClusterService.Diagnose:output_type -> atoll.v1.DiagnoseResponse
+	15,  // 106: atoll.v1.ClusterService.CreateToken:output_type -> atoll.v1.CreateTokenResponse
+	17,  // 107: atoll.v1.ClusterService.Join:output_type -> atoll.v1.JoinResponse
+	18,  // 108: atoll.v1.VolumeService.CreateVolume:output_type -> atoll.v1.Volume
+	22,  // 109: atoll.v1.VolumeService.ListVolumes:output_type -> atoll.v1.ListVolumesResponse
+	18,  // 110: atoll.v1.VolumeService.GetVolume:output_type -> atoll.v1.Volume
+	18,  // 111: atoll.v1.VolumeService.ResizeVolume:output_type -> atoll.v1.Volume
+	26,  // 112: atoll.v1.VolumeService.DeleteVolume:output_type -> atoll.v1.DeleteVolumeResponse
+	28,  // 113: atoll.v1.VolumeService.CheckVolume:output_type -> atoll.v1.CheckVolumeResponse
+	18,  // 114: atoll.v1.VolumeService.SetRedundancy:output_type -> atoll.v1.Volume
+	31,  // 115: atoll.v1.VersionService.CreateVersion:output_type -> atoll.v1.CreateVersionResponse
+	33,  // 116: atoll.v1.VersionService.ListVersions:output_type -> atoll.v1.ListVersionsResponse
+	29,  // 117: atoll.v1.VersionService.UpdateVersion:output_type -> atoll.v1.Version
+	36,  // 118: atoll.v1.VersionService.DeleteVersion:output_type -> atoll.v1.DeleteVersionResponse
+	29,  // 119: atoll.v1.VersionService.ReleaseVersion:output_type -> atoll.v1.Version
+	39,  // 120: atoll.v1.VersionService.RestoreVersion:output_type -> atoll.v1.RestoreVersionResponse
+	18,  // 121: atoll.v1.VersionService.CloneVersion:output_type -> atoll.v1.Volume
+	85,  // 122: atoll.v1.VersionService.Flatten:output_type -> atoll.v1.Task
+	43,  // 123: atoll.v1.VersionService.ListChildren:output_type -> atoll.v1.ListChildrenResponse
+	46,  // 124: atoll.v1.VersionService.Diff:output_type -> atoll.v1.DiffResponse
+	49,  // 125: atoll.v1.VersionService.SetSchedule:output_type -> atoll.v1.SetScheduleResponse
+	51,  // 126: atoll.v1.VersionService.BeginImport:output_type -> atoll.v1.BeginImportResponse
+	29,  // 127: atoll.v1.VersionService.CommitImport:output_type -> atoll.v1.Version
+	54,  // 128: atoll.v1.VersionService.AbortImport:output_type -> atoll.v1.AbortImportResponse
+	56,  // 129: atoll.v1.VersionService.KeepImport:output_type -> atoll.v1.KeepImportResponse
+	57,  // 130: atoll.v1.NamespaceService.MakeDirectory:output_type -> atoll.v1.Entry
+	60,  // 131: atoll.v1.NamespaceService.RemoveDirectory:output_type -> atoll.v1.RemoveDirectoryResponse
+	62,  // 132: atoll.v1.NamespaceService.ListDirectory:output_type -> atoll.v1.ListDirectoryResponse
+	57,  // 133: atoll.v1.NamespaceService.GetEntry:output_type -> atoll.v1.Entry
+	57,  // 134: atoll.v1.NamespaceService.Rename:output_type -> atoll.v1.Entry
+	57,  // 135: atoll.v1.NamespaceService.ChangeOwner:output_type -> atoll.v1.Entry
+	57,  // 136: atoll.v1.NamespaceService.SetProperties:output_type -> atoll.v1.Entry
+	67,  // 137: atoll.v1.NamespaceService.SetLimits:output_type -> atoll.v1.Limits
+	70,  // 138: atoll.v1.TrashService.MoveToTrash:output_type -> atoll.v1.TrashEntry
+	73,  // 139: atoll.v1.TrashService.ListTrash:output_type -> atoll.v1.ListTrashResponse
+	57,  // 140: atoll.v1.TrashService.RestoreTrash:output_type -> atoll.v1.Entry
+	76,  // 141: atoll.v1.TrashService.PurgeTrash:output_type -> atoll.v1.PurgeTrashResponse
+	77,  // 142: atoll.v1.UserService.CreateUser:output_type -> atoll.v1.User
+	80,  // 143: atoll.v1.UserService.ListUsers:output_type -> atoll.v1.ListUsersResponse
+	77,  // 144: atoll.v1.UserService.UpdateUser:output_type -> atoll.v1.User
+	84,  // 145: atoll.v1.UserService.DeleteUser:output_type -> atoll.v1.DeleteUserResponse
+	77,  // 146: atoll.v1.UserService.Authenticate:output_type -> atoll.v1.User
+	87,  // 147: atoll.v1.TaskService.ListTasks:output_type -> atoll.v1.ListTasksResponse
+	85,  // 148: atoll.v1.TaskService.GetTask:output_type -> atoll.v1.Task
+	85,  // 149: atoll.v1.TaskService.CancelTask:output_type -> atoll.v1.Task
+	91,  // 150: atoll.v1.DemoService.Inject:output_type -> atoll.v1.InjectResponse
+	93,  // 151: atoll.v1.DemoService.AddNode:output_type -> atoll.v1.AddNodeResponse
+	102, // [102:152] is the sub-list for method output_type
+	52,  // [52:102] is the sub-list for method input_type
 	52,  // [52:52] is the sub-list for extension type_name
 	52,  // [52:52] is the sub-list for extension extendee
 	0,   // [0:52] is the sub-list for field type_name
@@ -6888,15 +6995,15 @@ func file_atoll_proto_init() {
 		return
 	}
 	file_atoll_proto_msgTypes[18].OneofWrappers = []any{}
-	file_atoll_proto_msgTypes[33].OneofWrappers = []any{}
-	file_atoll_proto_msgTypes[80].OneofWrappers = []any{}
+	file_atoll_proto_msgTypes[34].OneofWrappers = []any{}
+	file_atoll_proto_msgTypes[81].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_atoll_proto_rawDesc), len(file_atoll_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   101,
+			NumMessages:   102,
 			NumExtensions: 0,
 			NumServices:   8,
 		},

@@ -35,9 +35,9 @@ type contents struct {
 	data, leaves, nodes []placed
 }
 
-// compact moves what is live in a segment elsewhere, and returns how many blocks
+// compact moves what is live in segments elsewhere, and returns how many blocks
 // that were.
-func (v *Volume) compact(ctx context.Context, o atoll.Ordinal) (moved atoll.BlockNo, err error) {
+func (v *Volume) compact(ctx context.Context, from ...atoll.Ordinal) (moved atoll.BlockNo, err error) {
 	for range compactTries {
 		if err := v.Settled(ctx); err != nil {
 			return 0, err
@@ -53,12 +53,12 @@ func (v *Volume) compact(ctx context.Context, o atoll.Ordinal) (moved atoll.Bloc
 		if !quiet {
 			continue
 		}
-		runs, err := v.liveRuns(ctx, o)
+		cargo, err := v.cargo(ctx, from)
 		if err == errEra {
 			continue
 		}
 		if err != nil {
-			return 0, fmt.Errorf("compact segment %d of volume %v: %w", o, v.id, err)
+			return 0, fmt.Errorf("compact segments %v of volume %v: %w", from, v.id, err)
 		}
 		v.hist.mu.Lock()
 		same := v.hist.count == count
@@ -68,14 +68,28 @@ func (v *Volume) compact(ctx context.Context, o atoll.Ordinal) (moved atoll.Bloc
 		}
 		// What is dead now is so for ever. What died since may be unknown to
 		// the medium already.
-		if err := v.store.Move(ctx, o, runs); !errors.Is(err, atoll.ErrInvalid) {
-			for _, r := range runs {
-				moved += r.Blocks
+		if err := v.move(ctx, cargo); !errors.Is(err, atoll.ErrInvalid) {
+			for _, c := range cargo {
+				for _, r := range c.Live {
+					moved += r.Blocks
+				}
 			}
 			return moved, err
 		}
 	}
-	return 0, fmt.Errorf("compact segment %d of volume %v: versions came and went meanwhile: %w", o, v.id, atoll.ErrBusy)
+	return 0, fmt.Errorf("compact segments %v of volume %v: versions came and went meanwhile: %w", from, v.id, atoll.ErrBusy)
+}
+
+// cargo finds what is live in segments.
+func (v *Volume) cargo(ctx context.Context, from []atoll.Ordinal) (list []medium.Cargo, err error) {
+	for _, o := range from {
+		runs, err := v.liveRuns(ctx, o)
+		if err != nil {
+			return nil, err
+		}
+		list = append(list, medium.Cargo{Ordinal: o, Live: runs})
+	}
+	return list, nil
 }
 
 // liveRuns finds what is live in a segment. A piece that was born at x can be in

@@ -67,6 +67,8 @@ type reclaimer struct {
 	// bytes of log; 0 if not.
 	urgent atomic.Int64
 	short  atomic.Bool  // an append found no space
+	now    atomic.Bool  // somebody asked not to rest
+	late   int64        // what a newer mark would let encode, at the last look; the first compactor's
 	logged atomic.Int64 // bytes since the space was looked at
 	looked atomic.Int64 // nanoseconds of the clock, when it was
 	mu     struct {
@@ -114,6 +116,12 @@ func (s stock) dead() float64 {
 		return easyDead
 	}
 	return leastDead + (mostDead-leastDead)*min(max(s.soon, 0), 1)
+}
+
+// Reclaim has the volume look now for what to compact or encode, rested or not.
+func (v *Volume) Reclaim() {
+	v.reclaim.now.Store(true)
+	v.kickReclaim()
 }
 
 func (v *Volume) kickReclaim() {
@@ -175,11 +183,18 @@ func (v *Volume) compactor(first bool) {
 		for v.ctx.Err() == nil {
 			s := v.look()
 			hurry := s.clean() || v.reclaim.short.Load()
+			if first && v.reclaim.now.Swap(false) {
+				next = time.Time{}
+			}
 			if rest := time.Until(next); rest > 0 && (!hurry || rest <= hardRest) || !hurry && !first {
 				timer.Reset(max(rest, hardRest))
 				break
 			}
-			next = time.Now().Add(v.compactOne(v.ctx, s, hurry))
+			rest := v.compactOne(v.ctx, s, hurry)
+			if first && !hurry && rest == easyRest {
+				rest = v.recode(v.ctx)
+			}
+			next = time.Now().Add(rest)
 		}
 	}
 }
@@ -227,6 +242,24 @@ func (r *reclaimer) choose(list []medium.Victim, dead float64) (medium.Victim, b
 		}
 	}
 	return medium.Victim{}, false
+}
+
+// claim takes those of a list that are not being compacted, and returns a function
+// that gives them back.
+func (r *reclaimer) claim(list []medium.Victim) (taken []atoll.Ordinal, done func()) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, v := range list {
+		if !slices.Contains(r.mu.busy, v.Ordinal) {
+			taken = append(taken, v.Ordinal)
+		}
+	}
+	r.mu.busy = append(r.mu.busy, taken...)
+	return taken, func() {
+		for _, o := range taken {
+			r.release(o)
+		}
+	}
 }
 
 func (r *reclaimer) release(o atoll.Ordinal) {

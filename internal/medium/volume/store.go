@@ -53,6 +53,12 @@ type Store interface {
 	Victims(max int) []medium.Victim
 	Placed(ctx context.Context, o atoll.Ordinal, fn func(medium.Placed) error) error
 	Move(ctx context.Context, o atoll.Ordinal, live []medium.Run) error
+	// Uncoded lists segments of a coded volume to be encoded together, and tells
+	// how many bytes wait for a mark; Miscoded lists coded ones that the policy
+	// wants otherwise. Encode is Move of several segments into a coded one.
+	Uncoded() (list []medium.Victim, late int64)
+	Miscoded(most int) []medium.Victim
+	Encode(ctx context.Context, cargo []medium.Cargo) (int, error)
 	// Room tells what space there is, and Reclaimable how many bytes compaction
 	// and the end of grace times may still give back.
 	Room() medium.Room

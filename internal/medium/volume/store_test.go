@@ -579,6 +579,17 @@ func (s *memStore) Move(_ context.Context, o atoll.Ordinal, live []medium.Run) e
 	return s.manifest(s.man.copy(), false)
 }
 
+func (s *memStore) Uncoded() ([]medium.Victim, int64) { return nil, 0 }
+func (s *memStore) Miscoded(int) []medium.Victim      { return nil }
+func (s *memStore) Encode(ctx context.Context, cargo []medium.Cargo) (int, error) {
+	for i, c := range cargo {
+		if err := s.Move(ctx, c.Ordinal, c.Live); err != nil {
+			return i, err
+		}
+	}
+	return len(cargo), nil
+}
+
 func (s *memStore) Room() medium.Room {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -53,6 +53,9 @@ func (s viewStore) Submit(context.Context, catalog.Lane, Entry) error       { re
 func (s viewStore) Append(context.Context, catalog.Lane, Entry) error       { return s.readOnly() }
 func (s viewStore) Victims(int) []medium.Victim                             { return nil }
 func (s viewStore) Move(context.Context, atoll.Ordinal, []medium.Run) error { return s.readOnly() }
+func (s viewStore) Uncoded() ([]medium.Victim, int64)                       { return nil, 0 }
+func (s viewStore) Miscoded(int) []medium.Victim                            { return nil }
+func (s viewStore) Encode(context.Context, []medium.Cargo) (int, error)     { return 0, s.readOnly() }
 func (s viewStore) Room() medium.Room                                       { return medium.Room{} }
 func (s viewStore) Reclaimable() int64                                      { return 0 }
 func (s viewStore) Waiting() int64                                          { return 0 }

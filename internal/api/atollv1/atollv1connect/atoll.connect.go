@@ -93,6 +93,9 @@ const (
 	// VolumeServiceCheckVolumeProcedure is the fully-qualified name of the VolumeService's CheckVolume
 	// RPC.
 	VolumeServiceCheckVolumeProcedure = "/atoll.v1.VolumeService/CheckVolume"
+	// VolumeServiceSetRedundancyProcedure is the fully-qualified name of the VolumeService's
+	// SetRedundancy RPC.
+	VolumeServiceSetRedundancyProcedure = "/atoll.v1.VolumeService/SetRedundancy"
 	// VersionServiceCreateVersionProcedure is the fully-qualified name of the VersionService's
 	// CreateVersion RPC.
 	VersionServiceCreateVersionProcedure = "/atoll.v1.VersionService/CreateVersion"
@@ -414,6 +417,10 @@ type VolumeServiceClient interface {
 	// CheckVolume proves the volume's map, manifest and segments consistent. With
 	// read_all it reads every copy of every segment and repairs what is damaged.
 	CheckVolume(context.Context, *connect.Request[atollv1.CheckVolumeRequest]) (*connect.Response[atollv1.CheckVolumeResponse], error)
+	// SetRedundancy changes how a volume's bytes are kept. What is there already is
+	// brought into the new form in the background; a changed number of copies holds
+	// for what is written from then on.
+	SetRedundancy(context.Context, *connect.Request[atollv1.SetRedundancyRequest]) (*connect.Response[atollv1.Volume], error)
 }
 
 // NewVolumeServiceClient constructs a client for the atoll.v1.VolumeService service. By default, it
@@ -463,17 +470,24 @@ func NewVolumeServiceClient(httpClient connect.HTTPClient, baseURL string, opts 
 			connect.WithSchema(volumeServiceMethods.ByName("CheckVolume")),
 			connect.WithClientOptions(opts...),
 		),
+		setRedundancy: connect.NewClient[atollv1.SetRedundancyRequest, atollv1.Volume](
+			httpClient,
+			baseURL+VolumeServiceSetRedundancyProcedure,
+			connect.WithSchema(volumeServiceMethods.ByName("SetRedundancy")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
 // volumeServiceClient implements VolumeServiceClient.
 type volumeServiceClient struct {
-	createVolume *connect.Client[atollv1.CreateVolumeRequest, atollv1.Volume]
-	listVolumes  *connect.Client[atollv1.ListVolumesRequest, atollv1.ListVolumesResponse]
-	getVolume    *connect.Client[atollv1.GetVolumeRequest, atollv1.Volume]
-	resizeVolume *connect.Client[atollv1.ResizeVolumeRequest, atollv1.Volume]
-	deleteVolume *connect.Client[atollv1.DeleteVolumeRequest, atollv1.DeleteVolumeResponse]
-	checkVolume  *connect.Client[atollv1.CheckVolumeRequest, atollv1.CheckVolumeResponse]
+	createVolume  *connect.Client[atollv1.CreateVolumeRequest, atollv1.Volume]
+	listVolumes   *connect.Client[atollv1.ListVolumesRequest, atollv1.ListVolumesResponse]
+	getVolume     *connect.Client[atollv1.GetVolumeRequest, atollv1.Volume]
+	resizeVolume  *connect.Client[atollv1.ResizeVolumeRequest, atollv1.Volume]
+	deleteVolume  *connect.Client[atollv1.DeleteVolumeRequest, atollv1.DeleteVolumeResponse]
+	checkVolume   *connect.Client[atollv1.CheckVolumeRequest, atollv1.CheckVolumeResponse]
+	setRedundancy *connect.Client[atollv1.SetRedundancyRequest, atollv1.Volume]
 }
 
 // CreateVolume calls atoll.v1.VolumeService.CreateVolume.
@@ -506,6 +520,11 @@ func (c *volumeServiceClient) CheckVolume(ctx context.Context, req *connect.Requ
 	return c.checkVolume.CallUnary(ctx, req)
 }
 
+// SetRedundancy calls atoll.v1.VolumeService.SetRedundancy.
+func (c *volumeServiceClient) SetRedundancy(ctx context.Context, req *connect.Request[atollv1.SetRedundancyRequest]) (*connect.Response[atollv1.Volume], error) {
+	return c.setRedundancy.CallUnary(ctx, req)
+}
+
 // VolumeServiceHandler is an implementation of the atoll.v1.VolumeService service.
 type VolumeServiceHandler interface {
 	CreateVolume(context.Context, *connect.Request[atollv1.CreateVolumeRequest]) (*connect.Response[atollv1.Volume], error)
@@ -516,6 +535,10 @@ type VolumeServiceHandler interface {
 	// CheckVolume proves the volume's map, manifest and segments consistent. With
 	// read_all it reads every copy of every segment and repairs what is damaged.
 	CheckVolume(context.Context, *connect.Request[atollv1.CheckVolumeRequest]) (*connect.Response[atollv1.CheckVolumeResponse], error)
+	// SetRedundancy changes how a volume's bytes are kept. What is there already is
+	// brought into the new form in the background; a changed number of copies holds
+	// for what is written from then on.
+	SetRedundancy(context.Context, *connect.Request[atollv1.SetRedundancyRequest]) (*connect.Response[atollv1.Volume], error)
 }
 
 // NewVolumeServiceHandler builds an HTTP handler from the service implementation. It returns the
@@ -561,6 +584,12 @@ func NewVolumeServiceHandler(svc VolumeServiceHandler, opts ...connect.HandlerOp
 		connect.WithSchema(volumeServiceMethods.ByName("CheckVolume")),
 		connect.WithHandlerOptions(opts...),
 	)
+	volumeServiceSetRedundancyHandler := connect.NewUnaryHandler(
+		VolumeServiceSetRedundancyProcedure,
+		svc.SetRedundancy,
+		connect.WithSchema(volumeServiceMethods.ByName("SetRedundancy")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/atoll.v1.VolumeService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case VolumeServiceCreateVolumeProcedure:
@@ -575,6 +604,8 @@ func NewVolumeServiceHandler(svc VolumeServiceHandler, opts ...connect.HandlerOp
 			volumeServiceDeleteVolumeHandler.ServeHTTP(w, r)
 		case VolumeServiceCheckVolumeProcedure:
 			volumeServiceCheckVolumeHandler.ServeHTTP(w, r)
+		case VolumeServiceSetRedundancyProcedure:
+			volumeServiceSetRedundancyHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -606,6 +637,10 @@ func (UnimplementedVolumeServiceHandler) DeleteVolume(context.Context, *connect.
 
 func (UnimplementedVolumeServiceHandler) CheckVolume(context.Context, *connect.Request[atollv1.CheckVolumeRequest]) (*connect.Response[atollv1.CheckVolumeResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.VolumeService.CheckVolume is not implemented"))
+}
+
+func (UnimplementedVolumeServiceHandler) SetRedundancy(context.Context, *connect.Request[atollv1.SetRedundancyRequest]) (*connect.Response[atollv1.Volume], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.VolumeService.SetRedundancy is not implemented"))
 }
 
 // VersionServiceClient is a client for the atoll.v1.VersionService service.
