@@ -225,7 +225,7 @@ func worthTelling(last, r NodeReport) bool {
 	moved := last.Free - r.Free
 	return r.At.Sub(last.At) >= reportEvery || r.At.Before(last.At) ||
 		r.ReadOnly != last.ReadOnly || r.Full != last.Full || r.Silent != last.Silent || r.Errors != last.Errors ||
-		r.Total != last.Total || max(moved, -moved) > r.Total/100 ||
+		r.Total != last.Total || (r.Healing == nil) != (last.Healing == nil) || (r.Stray == 0) != (last.Stray == 0) || max(moved, -moved) > r.Total/100 ||
 		r.P99 > 2*last.P99 || 2*r.P99 < last.P99
 }
 

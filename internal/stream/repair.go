@@ -118,6 +118,9 @@ func sizeFor(length atoll.BlockNo) atoll.BlockNo {
 // the length.
 func (n *Nodes) copyBatches(ctx context.Context, seg atoll.SegmentID, epoch atoll.Epoch, from, to wire.Node, at, length atoll.BlockNo) error {
 	for at < length {
+		if err := pace(ctx, 1<<20); err != nil {
+			return fmt.Errorf("copy segment %v from block %d: %w", seg, at, err)
+		}
 		buf, err := from.Fetch(ctx, seg, at, 1<<20)
 		if err != nil {
 			return fmt.Errorf("copy segment %v from block %d: %w", seg, at, err)
@@ -141,6 +144,67 @@ func (n *Nodes) copyBatches(ctx context.Context, seg atoll.SegmentID, epoch atol
 		}
 	}
 	return nil
+}
+
+// Pacer holds copying down to a rate.
+type Pacer interface {
+	// Wait returns when so many bytes may be copied, or with an error when ctx
+	// ends first.
+	Wait(ctx context.Context, bytes int) error
+}
+
+type pacerKey struct{}
+
+// WithPacer returns a context under which Replicate copies no faster than p
+// allows.
+func WithPacer(ctx context.Context, p Pacer) context.Context {
+	return context.WithValue(ctx, pacerKey{}, p)
+}
+
+func pace(ctx context.Context, bytes int) error {
+	if p, ok := ctx.Value(pacerKey{}).(Pacer); ok {
+		return p.Wait(ctx, bytes)
+	}
+	return nil
+}
+
+// Replicate makes a copy of a sealed segment of length s.Length on a node that
+// need not be a member of its copyset, or completes the one that is there, and
+// reads it back: when it returns nil the copy is whole and durable. from are the
+// nodes that hold it sealed at that length. epoch is the one under which these
+// have it, so that the segment's owner can go on to change or delete the copy;
+// ErrFenced when the owner has deleted it there.
+func (n *Nodes) Replicate(ctx context.Context, s catalog.Sealed, epoch atoll.Epoch, from []atoll.NodeID, to atoll.NodeID) error {
+	s.Unverified = nil
+	if err := n.completeOne(ctx, s, epoch, from, to); err != nil {
+		return fmt.Errorf("copy segment %v to node %v: %w", s.Seg, to, err)
+	}
+	return nil
+}
+
+// ListNode returns the copies that a node holds of segments of the given
+// copysets; any error means that the list is not whole.
+func (n *Nodes) ListNode(ctx context.Context, id atoll.NodeID, sets map[atoll.CopysetID]bool) ([]wire.SegmentInfo, error) {
+	node, err := n.Node(id)
+	if err != nil {
+		return nil, fmt.Errorf("list segments of node %v: %w", id, err)
+	}
+	var list []wire.SegmentInfo
+	for after := (atoll.SegmentID{}); ; {
+		page, err := node.List(ctx, after, 1000)
+		if err != nil {
+			return list, fmt.Errorf("list segments of node %v: %w", id, err)
+		}
+		for _, s := range page {
+			if sets == nil || sets[s.Seg.Copyset] {
+				list = append(list, s)
+			}
+			after = s.Seg
+		}
+		if len(page) == 0 {
+			return list, nil
+		}
+	}
 }
 
 // Complete brings the unverified copies of a sealed segment to its length,
@@ -283,6 +347,12 @@ func (n *Nodes) Delete(ctx context.Context, seg atoll.SegmentID, epoch atoll.Epo
 	members, err := n.Members(seg)
 	if err != nil {
 		return nil, err
+	}
+	// Nodes that are on their way in may be copying it just now: the fence
+	// keeps them from bringing it back.
+	members = slices.Clone(members)
+	for _, m := range n.catalog.State().Copysets[seg.Copyset].Moves {
+		members = append(members, m.New)
 	}
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()

@@ -100,6 +100,7 @@ type Writer struct {
 	timer   *time.Timer
 	armed   time.Duration // when the timer fires; 0 if it does not
 	looked  time.Duration // when it last looked for more nodes
+	asked   time.Duration // when it last looked whether its copyset is being changed
 	recs    []segment.Record
 	crcs    []uint32
 	header  segment.Head
@@ -395,6 +396,7 @@ func (w *Writer) apply(ev event, e *Entry) {
 		w.looked = ev.now
 		ev.whole = w.opts.Nodes.Whole(w.opts.Policy)
 	}
+	w.leave(ev)
 	w.core.apply(ev)
 	w.core.settle()
 	for _, fx := range w.core.take() {
@@ -402,6 +404,19 @@ func (w *Writer) apply(ev event, e *Entry) {
 	}
 	if ev.kind == evRecorded {
 		w.segs = slices.DeleteFunc(w.segs, func(s *writerSeg) bool { return s.no == ev.seg })
+	}
+}
+
+// leave rolls when a member of the open segment's copyset is being replaced,
+// which waits until no segment of it is unsealed.
+func (w *Writer) leave(ev event) {
+	if ev.now-w.asked < time.Second || w.core.cur == nil || w.core.rolling == w.core.cur {
+		return
+	}
+	w.asked = ev.now
+	set := w.opts.Nodes.State().Copysets[w.core.cur.id.Copyset]
+	if len(set.Moves) > 0 {
+		w.core.apply(event{kind: evRoll, now: ev.now, valid: ev.valid})
 	}
 }
 
