@@ -41,20 +41,26 @@ func decodeHead(kv KeyValue) (Head, error) {
 //
 // The caller then fences the unsealed segments before it trusts their length.
 func (c *Catalog) Acquire(ctx context.Context, id atoll.MediumID, s *Session) (Head, error) {
-	return c.acquire(ctx, id, s, MediumLive, MediumDetached)
+	return c.acquire(ctx, id, s, false, MediumLive, MediumDetached)
+}
+
+// AcquireIdle is Acquire for whoever settles what a dead owner left: also of a
+// medium in the trash, and ErrBusy too while the session's own process owns it.
+func (c *Catalog) AcquireIdle(ctx context.Context, id atoll.MediumID, s *Session) (Head, error) {
+	return c.acquire(ctx, id, s, true, MediumLive, MediumTrashed, MediumDetached)
 }
 
 // AcquireDeleting is Acquire for a medium in state MediumDeleting, for whoever
 // finishes its deletion.
 func (c *Catalog) AcquireDeleting(ctx context.Context, id atoll.MediumID, s *Session) (Head, error) {
-	return c.acquire(ctx, id, s, MediumDeleting)
+	return c.acquire(ctx, id, s, false, MediumDeleting)
 }
 
-func (c *Catalog) acquire(ctx context.Context, id atoll.MediumID, s *Session, states ...MediumState) (Head, error) {
+func (c *Catalog) acquire(ctx context.Context, id atoll.MediumID, s *Session, idle bool, states ...MediumState) (Head, error) {
 	ctx, done := bound(ctx)
 	defer done()
 	for range maxRaces {
-		h, ok, err := c.tryAcquire(ctx, id, s, states)
+		h, ok, err := c.tryAcquire(ctx, id, s, idle, states)
 		if err != nil {
 			return Head{}, fmt.Errorf("acquire medium %v: %w", id, err)
 		}
@@ -67,7 +73,7 @@ func (c *Catalog) acquire(ctx context.Context, id atoll.MediumID, s *Session, st
 
 // tryAcquire takes ownership if nothing changes between looking and taking;
 // false if something did.
-func (c *Catalog) tryAcquire(ctx context.Context, id atoll.MediumID, s *Session, states []MediumState) (Head, bool, error) {
+func (c *Catalog) tryAcquire(ctx context.Context, id atoll.MediumID, s *Session, idle bool, states []MediumState) (Head, bool, error) {
 	got, err := c.read(ctx, headKey(id), recordKey(id))
 	if err != nil {
 		return Head{}, false, err
@@ -87,6 +93,9 @@ func (c *Catalog) tryAcquire(ctx context.Context, id atoll.MediumID, s *Session,
 		return Head{}, false, s.gone()
 	}
 	owner := h.Process
+	if idle && owner == s.ID() {
+		return Head{}, false, fmt.Errorf("owned by this process: %w", atoll.ErrBusy)
+	}
 	h.Epoch++
 	h.Process = s.ID()
 	w := c.mark()

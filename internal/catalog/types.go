@@ -58,8 +58,15 @@ type NodeReport struct {
 	Errors   uint64        `json:"errors,omitempty"`
 	P99      time.Duration `json:"p99,omitempty"` // of recent appends
 	At       time.Time     `json:"at"`
+	Sets     []SetBytes    `json:"sets,omitempty"`    // the copysets of which it holds most
 	Stray    int64         `json:"stray,omitempty"`   // bytes of copies that are to go: their copysets do not have the node any more
 	Healing  *Healing      `json:"healing,omitempty"` // while it takes the place of members of copysets
+}
+
+// SetBytes is how much a node holds of a copyset.
+type SetBytes struct {
+	ID    atoll.CopysetID `json:"id"`
+	Bytes int64           `json:"bytes"`
 }
 
 // Healing is how far a node is with the copies it makes as the new member of

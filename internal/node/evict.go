@@ -36,3 +36,7 @@ func (n *Node) Evict(ctx context.Context, id atoll.SegmentID) error {
 	}
 	return n.putState(state{id: id, epoch: epoch})
 }
+
+// Requests counts the appends of writers and the reads so far: what repair has
+// to leave room for.
+func (n *Node) Requests() uint64 { return n.requests.Load() }

@@ -379,6 +379,16 @@ func (n *Nodes) Delete(ctx context.Context, seg atoll.SegmentID, epoch atoll.Epo
 	return nil, nil
 }
 
+// DeleteCopy removes the copy that one node holds, whether it is a member of the
+// copyset or not, and fences its name there.
+func (n *Nodes) DeleteCopy(ctx context.Context, id atoll.NodeID, seg atoll.SegmentID, epoch atoll.Epoch) error {
+	node, err := n.Node(id)
+	if err != nil {
+		return err
+	}
+	return node.Delete(ctx, seg, epoch)
+}
+
 // Copy is one copy of a segment as a node lists it.
 type Copy struct {
 	Node atoll.NodeID

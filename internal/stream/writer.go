@@ -407,10 +407,13 @@ func (w *Writer) apply(ev event, e *Entry) {
 	}
 }
 
+// lookEvery is how often a writer with an open segment looks whether to leave it.
+const lookEvery = 2 * time.Second
+
 // leave rolls when a member of the open segment's copyset is being replaced,
 // which waits until no segment of it is unsealed.
 func (w *Writer) leave(ev event) {
-	if ev.now-w.asked < time.Second || w.core.cur == nil || w.core.rolling == w.core.cur {
+	if ev.now-w.asked < lookEvery/2 || w.core.cur == nil || w.core.rolling == w.core.cur {
 		return
 	}
 	w.asked = ev.now
@@ -454,6 +457,11 @@ func (w *Writer) seg(no segNo) *writerSeg {
 // is left alone.
 func (w *Writer) arm() {
 	at, ok := w.core.wake()
+	if w.core.stopped == nil && w.core.cur != nil { // to look whether to leave
+		if soon := w.core.now + lookEvery; !ok || at > soon {
+			at, ok = soon, true
+		}
+	}
 	if !ok || w.armed != 0 && w.armed <= at {
 		return
 	}

@@ -139,7 +139,8 @@ type GetStatusResponse struct {
 	Now              *timestamppb.Timestamp `protobuf:"bytes,15,opt,name=now,proto3" json:"now,omitempty"`
 	Trashed          int32                  `protobuf:"varint,16,opt,name=trashed,proto3" json:"trashed,omitempty"`                         // media in the trash
 	TrashBytes       int64                  `protobuf:"varint,17,opt,name=trash_bytes,json=trashBytes,proto3" json:"trash_bytes,omitempty"` // in their segments, one copy, as far as known
-	Kept             []*KeptMedium          `protobuf:"bytes,18,rep,name=kept,proto3" json:"kept,omitempty"`                                // deleted media whose data clones still need; the first of many
+	Repair           *Repair                `protobuf:"bytes,19,opt,name=repair,proto3" json:"repair,omitempty"`
+	Kept             []*KeptMedium          `protobuf:"bytes,18,rep,name=kept,proto3" json:"kept,omitempty"` // deleted media whose data clones still need; the first of many
 	unknownFields    protoimpl.UnknownFields
 	sizeCache        protoimpl.SizeCache
 }
@@ -293,9 +294,101 @@ func (x *GetStatusResponse) GetTrashBytes() int64 {
 	return 0
 }
 
+func (x *GetStatusResponse) GetRepair() *Repair {
+	if x != nil {
+		return x.Repair
+	}
+	return nil
+}
+
 func (x *GetStatusResponse) GetKept() []*KeptMedium {
 	if x != nil {
 		return x.Kept
+	}
+	return nil
+}
+
+// Repair is how far the replacement of members of copysets is.
+type Repair struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Moves         int32                  `protobuf:"varint,1,opt,name=moves,proto3" json:"moves,omitempty"` // members being replaced
+	Lost          int32                  `protobuf:"varint,2,opt,name=lost,proto3" json:"lost,omitempty"`   // of these, because they are lost or fail
+	Stuck         int32                  `protobuf:"varint,3,opt,name=stuck,proto3" json:"stuck,omitempty"` // copysets with a lost member that no node can take the place of
+	Bytes         int64                  `protobuf:"varint,4,opt,name=bytes,proto3" json:"bytes,omitempty"` // still to be copied, as far as listed
+	Rate          int64                  `protobuf:"varint,5,opt,name=rate,proto3" json:"rate,omitempty"`   // bytes a second
+	Left          *durationpb.Duration   `protobuf:"bytes,6,opt,name=left,proto3" json:"left,omitempty"`    // at that rate
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Repair) Reset() {
+	*x = Repair{}
+	mi := &file_atoll_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Repair) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Repair) ProtoMessage() {}
+
+func (x *Repair) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Repair.ProtoReflect.Descriptor instead.
+func (*Repair) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *Repair) GetMoves() int32 {
+	if x != nil {
+		return x.Moves
+	}
+	return 0
+}
+
+func (x *Repair) GetLost() int32 {
+	if x != nil {
+		return x.Lost
+	}
+	return 0
+}
+
+func (x *Repair) GetStuck() int32 {
+	if x != nil {
+		return x.Stuck
+	}
+	return 0
+}
+
+func (x *Repair) GetBytes() int64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+func (x *Repair) GetRate() int64 {
+	if x != nil {
+		return x.Rate
+	}
+	return 0
+}
+
+func (x *Repair) GetLeft() *durationpb.Duration {
+	if x != nil {
+		return x.Left
 	}
 	return nil
 }
@@ -313,7 +406,7 @@ type KeptMedium struct {
 
 func (x *KeptMedium) Reset() {
 	*x = KeptMedium{}
-	mi := &file_atoll_proto_msgTypes[3]
+	mi := &file_atoll_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -325,7 +418,7 @@ func (x *KeptMedium) String() string {
 func (*KeptMedium) ProtoMessage() {}
 
 func (x *KeptMedium) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[3]
+	mi := &file_atoll_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -338,7 +431,7 @@ func (x *KeptMedium) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeptMedium.ProtoReflect.Descriptor instead.
 func (*KeptMedium) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{3}
+	return file_atoll_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *KeptMedium) GetId() string {
@@ -387,7 +480,7 @@ type Process struct {
 
 func (x *Process) Reset() {
 	*x = Process{}
-	mi := &file_atoll_proto_msgTypes[4]
+	mi := &file_atoll_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -399,7 +492,7 @@ func (x *Process) String() string {
 func (*Process) ProtoMessage() {}
 
 func (x *Process) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[4]
+	mi := &file_atoll_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -412,7 +505,7 @@ func (x *Process) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Process.ProtoReflect.Descriptor instead.
 func (*Process) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{4}
+	return file_atoll_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Process) GetId() string {
@@ -493,7 +586,7 @@ type ListNodesRequest struct {
 
 func (x *ListNodesRequest) Reset() {
 	*x = ListNodesRequest{}
-	mi := &file_atoll_proto_msgTypes[5]
+	mi := &file_atoll_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -505,7 +598,7 @@ func (x *ListNodesRequest) String() string {
 func (*ListNodesRequest) ProtoMessage() {}
 
 func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[5]
+	mi := &file_atoll_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -518,7 +611,7 @@ func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesRequest.ProtoReflect.Descriptor instead.
 func (*ListNodesRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{5}
+	return file_atoll_proto_rawDescGZIP(), []int{6}
 }
 
 type ListNodesResponse struct {
@@ -530,7 +623,7 @@ type ListNodesResponse struct {
 
 func (x *ListNodesResponse) Reset() {
 	*x = ListNodesResponse{}
-	mi := &file_atoll_proto_msgTypes[6]
+	mi := &file_atoll_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -542,7 +635,7 @@ func (x *ListNodesResponse) String() string {
 func (*ListNodesResponse) ProtoMessage() {}
 
 func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[6]
+	mi := &file_atoll_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -555,7 +648,7 @@ func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesResponse.ProtoReflect.Descriptor instead.
 func (*ListNodesResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{6}
+	return file_atoll_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *ListNodesResponse) GetNodes() []*Node {
@@ -582,14 +675,25 @@ type Node struct {
 	OpenSegments  int32                  `protobuf:"varint,13,opt,name=open_segments,json=openSegments,proto3" json:"open_segments,omitempty"`
 	Errors        uint64                 `protobuf:"varint,14,opt,name=errors,proto3" json:"errors,omitempty"`
 	AppendP99     *durationpb.Duration   `protobuf:"bytes,15,opt,name=append_p99,json=appendP99,proto3" json:"append_p99,omitempty"`
-	Path          string                 `protobuf:"bytes,16,opt,name=path,proto3" json:"path,omitempty"` // where the disk is, if the answering server holds it
+	Path          string                 `protobuf:"bytes,16,opt,name=path,proto3" json:"path,omitempty"`                             // where the disk is, if the answering server holds it
+	Copysets      int32                  `protobuf:"varint,17,opt,name=copysets,proto3" json:"copysets,omitempty"`                    // that it is a member of
+	Leaving       int32                  `protobuf:"varint,18,opt,name=leaving,proto3" json:"leaving,omitempty"`                      // of these, in how many others are taking its place
+	Joining       int32                  `protobuf:"varint,19,opt,name=joining,proto3" json:"joining,omitempty"`                      // copysets that it is to become a member of
+	CopyBytes     int64                  `protobuf:"varint,20,opt,name=copy_bytes,json=copyBytes,proto3" json:"copy_bytes,omitempty"` // it still has to copy for that, as far as listed
+	CopiedBytes   int64                  `protobuf:"varint,21,opt,name=copied_bytes,json=copiedBytes,proto3" json:"copied_bytes,omitempty"`
+	CopyRate      int64                  `protobuf:"varint,22,opt,name=copy_rate,json=copyRate,proto3" json:"copy_rate,omitempty"`          // bytes a second
+	CopyWaiting   int32                  `protobuf:"varint,23,opt,name=copy_waiting,json=copyWaiting,proto3" json:"copy_waiting,omitempty"` // segments whose owner has to settle them first
+	CopyError     string                 `protobuf:"bytes,24,opt,name=copy_error,json=copyError,proto3" json:"copy_error,omitempty"`
+	StrayBytes    int64                  `protobuf:"varint,25,opt,name=stray_bytes,json=strayBytes,proto3" json:"stray_bytes,omitempty"` // copies that are to go
+	DownSince     *timestamppb.Timestamp `protobuf:"bytes,26,opt,name=down_since,json=downSince,proto3" json:"down_since,omitempty"`
+	Heir          uint32                 `protobuf:"varint,27,opt,name=heir,proto3" json:"heir,omitempty"` // takes its place while it is drained
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Node) Reset() {
 	*x = Node{}
-	mi := &file_atoll_proto_msgTypes[7]
+	mi := &file_atoll_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -601,7 +705,7 @@ func (x *Node) String() string {
 func (*Node) ProtoMessage() {}
 
 func (x *Node) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[7]
+	mi := &file_atoll_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -614,7 +718,7 @@ func (x *Node) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Node.ProtoReflect.Descriptor instead.
 func (*Node) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{7}
+	return file_atoll_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Node) GetId() uint32 {
@@ -729,6 +833,143 @@ func (x *Node) GetPath() string {
 	return ""
 }
 
+func (x *Node) GetCopysets() int32 {
+	if x != nil {
+		return x.Copysets
+	}
+	return 0
+}
+
+func (x *Node) GetLeaving() int32 {
+	if x != nil {
+		return x.Leaving
+	}
+	return 0
+}
+
+func (x *Node) GetJoining() int32 {
+	if x != nil {
+		return x.Joining
+	}
+	return 0
+}
+
+func (x *Node) GetCopyBytes() int64 {
+	if x != nil {
+		return x.CopyBytes
+	}
+	return 0
+}
+
+func (x *Node) GetCopiedBytes() int64 {
+	if x != nil {
+		return x.CopiedBytes
+	}
+	return 0
+}
+
+func (x *Node) GetCopyRate() int64 {
+	if x != nil {
+		return x.CopyRate
+	}
+	return 0
+}
+
+func (x *Node) GetCopyWaiting() int32 {
+	if x != nil {
+		return x.CopyWaiting
+	}
+	return 0
+}
+
+func (x *Node) GetCopyError() string {
+	if x != nil {
+		return x.CopyError
+	}
+	return ""
+}
+
+func (x *Node) GetStrayBytes() int64 {
+	if x != nil {
+		return x.StrayBytes
+	}
+	return 0
+}
+
+func (x *Node) GetDownSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.DownSince
+	}
+	return nil
+}
+
+func (x *Node) GetHeir() uint32 {
+	if x != nil {
+		return x.Heir
+	}
+	return 0
+}
+
+type SetNodeRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            uint32                 `protobuf:"varint,1,opt,name=id,proto3" json:"id,omitempty"`
+	State         string                 `protobuf:"bytes,2,opt,name=state,proto3" json:"state,omitempty"` // active, draining or removed
+	Heir          uint32                 `protobuf:"varint,3,opt,name=heir,proto3" json:"heir,omitempty"`  // of a draining node: the one to take its place where that can be
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetNodeRequest) Reset() {
+	*x = SetNodeRequest{}
+	mi := &file_atoll_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetNodeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetNodeRequest) ProtoMessage() {}
+
+func (x *SetNodeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetNodeRequest.ProtoReflect.Descriptor instead.
+func (*SetNodeRequest) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *SetNodeRequest) GetId() uint32 {
+	if x != nil {
+		return x.Id
+	}
+	return 0
+}
+
+func (x *SetNodeRequest) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *SetNodeRequest) GetHeir() uint32 {
+	if x != nil {
+		return x.Heir
+	}
+	return 0
+}
+
 type GetConfigRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -737,7 +978,7 @@ type GetConfigRequest struct {
 
 func (x *GetConfigRequest) Reset() {
 	*x = GetConfigRequest{}
-	mi := &file_atoll_proto_msgTypes[8]
+	mi := &file_atoll_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -749,7 +990,7 @@ func (x *GetConfigRequest) String() string {
 func (*GetConfigRequest) ProtoMessage() {}
 
 func (x *GetConfigRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[8]
+	mi := &file_atoll_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -762,7 +1003,7 @@ func (x *GetConfigRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetConfigRequest.ProtoReflect.Descriptor instead.
 func (*GetConfigRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{8}
+	return file_atoll_proto_rawDescGZIP(), []int{10}
 }
 
 type GetConfigResponse struct {
@@ -774,7 +1015,7 @@ type GetConfigResponse struct {
 
 func (x *GetConfigResponse) Reset() {
 	*x = GetConfigResponse{}
-	mi := &file_atoll_proto_msgTypes[9]
+	mi := &file_atoll_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -786,7 +1027,7 @@ func (x *GetConfigResponse) String() string {
 func (*GetConfigResponse) ProtoMessage() {}
 
 func (x *GetConfigResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[9]
+	mi := &file_atoll_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -799,7 +1040,7 @@ func (x *GetConfigResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetConfigResponse.ProtoReflect.Descriptor instead.
 func (*GetConfigResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{9}
+	return file_atoll_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *GetConfigResponse) GetSettings() []*Setting {
@@ -820,7 +1061,7 @@ type Setting struct {
 
 func (x *Setting) Reset() {
 	*x = Setting{}
-	mi := &file_atoll_proto_msgTypes[10]
+	mi := &file_atoll_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -832,7 +1073,7 @@ func (x *Setting) String() string {
 func (*Setting) ProtoMessage() {}
 
 func (x *Setting) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[10]
+	mi := &file_atoll_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -845,7 +1086,7 @@ func (x *Setting) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Setting.ProtoReflect.Descriptor instead.
 func (*Setting) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{10}
+	return file_atoll_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Setting) GetKey() string {
@@ -877,7 +1118,7 @@ type DiagnoseRequest struct {
 
 func (x *DiagnoseRequest) Reset() {
 	*x = DiagnoseRequest{}
-	mi := &file_atoll_proto_msgTypes[11]
+	mi := &file_atoll_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -889,7 +1130,7 @@ func (x *DiagnoseRequest) String() string {
 func (*DiagnoseRequest) ProtoMessage() {}
 
 func (x *DiagnoseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[11]
+	mi := &file_atoll_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -902,7 +1143,7 @@ func (x *DiagnoseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiagnoseRequest.ProtoReflect.Descriptor instead.
 func (*DiagnoseRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{11}
+	return file_atoll_proto_rawDescGZIP(), []int{13}
 }
 
 type DiagnoseResponse struct {
@@ -914,7 +1155,7 @@ type DiagnoseResponse struct {
 
 func (x *DiagnoseResponse) Reset() {
 	*x = DiagnoseResponse{}
-	mi := &file_atoll_proto_msgTypes[12]
+	mi := &file_atoll_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -926,7 +1167,7 @@ func (x *DiagnoseResponse) String() string {
 func (*DiagnoseResponse) ProtoMessage() {}
 
 func (x *DiagnoseResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[12]
+	mi := &file_atoll_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -939,7 +1180,7 @@ func (x *DiagnoseResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiagnoseResponse.ProtoReflect.Descriptor instead.
 func (*DiagnoseResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{12}
+	return file_atoll_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *DiagnoseResponse) GetFindings() []*Finding {
@@ -960,7 +1201,7 @@ type Finding struct {
 
 func (x *Finding) Reset() {
 	*x = Finding{}
-	mi := &file_atoll_proto_msgTypes[13]
+	mi := &file_atoll_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -972,7 +1213,7 @@ func (x *Finding) String() string {
 func (*Finding) ProtoMessage() {}
 
 func (x *Finding) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[13]
+	mi := &file_atoll_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -985,7 +1226,7 @@ func (x *Finding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Finding.ProtoReflect.Descriptor instead.
 func (*Finding) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{13}
+	return file_atoll_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Finding) GetLevel() string {
@@ -1018,7 +1259,7 @@ type CreateTokenRequest struct {
 
 func (x *CreateTokenRequest) Reset() {
 	*x = CreateTokenRequest{}
-	mi := &file_atoll_proto_msgTypes[14]
+	mi := &file_atoll_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1030,7 +1271,7 @@ func (x *CreateTokenRequest) String() string {
 func (*CreateTokenRequest) ProtoMessage() {}
 
 func (x *CreateTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[14]
+	mi := &file_atoll_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1043,7 +1284,7 @@ func (x *CreateTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTokenRequest.ProtoReflect.Descriptor instead.
 func (*CreateTokenRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{14}
+	return file_atoll_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *CreateTokenRequest) GetTtl() *durationpb.Duration {
@@ -1063,7 +1304,7 @@ type CreateTokenResponse struct {
 
 func (x *CreateTokenResponse) Reset() {
 	*x = CreateTokenResponse{}
-	mi := &file_atoll_proto_msgTypes[15]
+	mi := &file_atoll_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1075,7 +1316,7 @@ func (x *CreateTokenResponse) String() string {
 func (*CreateTokenResponse) ProtoMessage() {}
 
 func (x *CreateTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[15]
+	mi := &file_atoll_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1088,7 +1329,7 @@ func (x *CreateTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTokenResponse.ProtoReflect.Descriptor instead.
 func (*CreateTokenResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{15}
+	return file_atoll_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *CreateTokenResponse) GetToken() string {
@@ -1118,7 +1359,7 @@ type JoinRequest struct {
 
 func (x *JoinRequest) Reset() {
 	*x = JoinRequest{}
-	mi := &file_atoll_proto_msgTypes[16]
+	mi := &file_atoll_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1130,7 +1371,7 @@ func (x *JoinRequest) String() string {
 func (*JoinRequest) ProtoMessage() {}
 
 func (x *JoinRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[16]
+	mi := &file_atoll_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1143,7 +1384,7 @@ func (x *JoinRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinRequest.ProtoReflect.Descriptor instead.
 func (*JoinRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{16}
+	return file_atoll_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *JoinRequest) GetToken() string {
@@ -1195,7 +1436,7 @@ type JoinResponse struct {
 
 func (x *JoinResponse) Reset() {
 	*x = JoinResponse{}
-	mi := &file_atoll_proto_msgTypes[17]
+	mi := &file_atoll_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1207,7 +1448,7 @@ func (x *JoinResponse) String() string {
 func (*JoinResponse) ProtoMessage() {}
 
 func (x *JoinResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[17]
+	mi := &file_atoll_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1220,7 +1461,7 @@ func (x *JoinResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinResponse.ProtoReflect.Descriptor instead.
 func (*JoinResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{17}
+	return file_atoll_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *JoinResponse) GetCertificate() []byte {
@@ -1303,7 +1544,7 @@ type Volume struct {
 
 func (x *Volume) Reset() {
 	*x = Volume{}
-	mi := &file_atoll_proto_msgTypes[18]
+	mi := &file_atoll_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1315,7 +1556,7 @@ func (x *Volume) String() string {
 func (*Volume) ProtoMessage() {}
 
 func (x *Volume) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[18]
+	mi := &file_atoll_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1328,7 +1569,7 @@ func (x *Volume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Volume.ProtoReflect.Descriptor instead.
 func (*Volume) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{18}
+	return file_atoll_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Volume) GetId() string {
@@ -1544,7 +1785,7 @@ type CreateVolumeRequest struct {
 
 func (x *CreateVolumeRequest) Reset() {
 	*x = CreateVolumeRequest{}
-	mi := &file_atoll_proto_msgTypes[19]
+	mi := &file_atoll_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1556,7 +1797,7 @@ func (x *CreateVolumeRequest) String() string {
 func (*CreateVolumeRequest) ProtoMessage() {}
 
 func (x *CreateVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[19]
+	mi := &file_atoll_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1569,7 +1810,7 @@ func (x *CreateVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateVolumeRequest.ProtoReflect.Descriptor instead.
 func (*CreateVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{19}
+	return file_atoll_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *CreateVolumeRequest) GetName() string {
@@ -1645,7 +1886,7 @@ type ListVolumesRequest struct {
 
 func (x *ListVolumesRequest) Reset() {
 	*x = ListVolumesRequest{}
-	mi := &file_atoll_proto_msgTypes[20]
+	mi := &file_atoll_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1657,7 +1898,7 @@ func (x *ListVolumesRequest) String() string {
 func (*ListVolumesRequest) ProtoMessage() {}
 
 func (x *ListVolumesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[20]
+	mi := &file_atoll_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1670,7 +1911,7 @@ func (x *ListVolumesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListVolumesRequest.ProtoReflect.Descriptor instead.
 func (*ListVolumesRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{20}
+	return file_atoll_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ListVolumesRequest) GetAfter() string {
@@ -1697,7 +1938,7 @@ type ListVolumesResponse struct {
 
 func (x *ListVolumesResponse) Reset() {
 	*x = ListVolumesResponse{}
-	mi := &file_atoll_proto_msgTypes[21]
+	mi := &file_atoll_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1709,7 +1950,7 @@ func (x *ListVolumesResponse) String() string {
 func (*ListVolumesResponse) ProtoMessage() {}
 
 func (x *ListVolumesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[21]
+	mi := &file_atoll_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1722,7 +1963,7 @@ func (x *ListVolumesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListVolumesResponse.ProtoReflect.Descriptor instead.
 func (*ListVolumesResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{21}
+	return file_atoll_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ListVolumesResponse) GetVolumes() []*Volume {
@@ -1749,7 +1990,7 @@ type GetVolumeRequest struct {
 
 func (x *GetVolumeRequest) Reset() {
 	*x = GetVolumeRequest{}
-	mi := &file_atoll_proto_msgTypes[22]
+	mi := &file_atoll_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1761,7 +2002,7 @@ func (x *GetVolumeRequest) String() string {
 func (*GetVolumeRequest) ProtoMessage() {}
 
 func (x *GetVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[22]
+	mi := &file_atoll_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1774,7 +2015,7 @@ func (x *GetVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetVolumeRequest.ProtoReflect.Descriptor instead.
 func (*GetVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{22}
+	return file_atoll_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *GetVolumeRequest) GetName() string {
@@ -1802,7 +2043,7 @@ type ResizeVolumeRequest struct {
 
 func (x *ResizeVolumeRequest) Reset() {
 	*x = ResizeVolumeRequest{}
-	mi := &file_atoll_proto_msgTypes[23]
+	mi := &file_atoll_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1814,7 +2055,7 @@ func (x *ResizeVolumeRequest) String() string {
 func (*ResizeVolumeRequest) ProtoMessage() {}
 
 func (x *ResizeVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[23]
+	mi := &file_atoll_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1827,7 +2068,7 @@ func (x *ResizeVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeVolumeRequest.ProtoReflect.Descriptor instead.
 func (*ResizeVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{23}
+	return file_atoll_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ResizeVolumeRequest) GetName() string {
@@ -1862,7 +2103,7 @@ type DeleteVolumeRequest struct {
 
 func (x *DeleteVolumeRequest) Reset() {
 	*x = DeleteVolumeRequest{}
-	mi := &file_atoll_proto_msgTypes[24]
+	mi := &file_atoll_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1874,7 +2115,7 @@ func (x *DeleteVolumeRequest) String() string {
 func (*DeleteVolumeRequest) ProtoMessage() {}
 
 func (x *DeleteVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[24]
+	mi := &file_atoll_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1887,7 +2128,7 @@ func (x *DeleteVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteVolumeRequest.ProtoReflect.Descriptor instead.
 func (*DeleteVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{24}
+	return file_atoll_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *DeleteVolumeRequest) GetName() string {
@@ -1922,7 +2163,7 @@ type DeleteVolumeResponse struct {
 
 func (x *DeleteVolumeResponse) Reset() {
 	*x = DeleteVolumeResponse{}
-	mi := &file_atoll_proto_msgTypes[25]
+	mi := &file_atoll_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1934,7 +2175,7 @@ func (x *DeleteVolumeResponse) String() string {
 func (*DeleteVolumeResponse) ProtoMessage() {}
 
 func (x *DeleteVolumeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[25]
+	mi := &file_atoll_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1947,7 +2188,7 @@ func (x *DeleteVolumeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteVolumeResponse.ProtoReflect.Descriptor instead.
 func (*DeleteVolumeResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{25}
+	return file_atoll_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *DeleteVolumeResponse) GetBytes() int64 {
@@ -1981,7 +2222,7 @@ type CheckVolumeRequest struct {
 
 func (x *CheckVolumeRequest) Reset() {
 	*x = CheckVolumeRequest{}
-	mi := &file_atoll_proto_msgTypes[26]
+	mi := &file_atoll_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1993,7 +2234,7 @@ func (x *CheckVolumeRequest) String() string {
 func (*CheckVolumeRequest) ProtoMessage() {}
 
 func (x *CheckVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[26]
+	mi := &file_atoll_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2006,7 +2247,7 @@ func (x *CheckVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckVolumeRequest.ProtoReflect.Descriptor instead.
 func (*CheckVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{26}
+	return file_atoll_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *CheckVolumeRequest) GetName() string {
@@ -2038,7 +2279,7 @@ type CheckVolumeResponse struct {
 
 func (x *CheckVolumeResponse) Reset() {
 	*x = CheckVolumeResponse{}
-	mi := &file_atoll_proto_msgTypes[27]
+	mi := &file_atoll_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2050,7 +2291,7 @@ func (x *CheckVolumeResponse) String() string {
 func (*CheckVolumeResponse) ProtoMessage() {}
 
 func (x *CheckVolumeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[27]
+	mi := &file_atoll_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2063,7 +2304,7 @@ func (x *CheckVolumeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckVolumeResponse.ProtoReflect.Descriptor instead.
 func (*CheckVolumeResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{27}
+	return file_atoll_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *CheckVolumeResponse) GetBlocks() int64 {
@@ -2141,7 +2382,7 @@ type Version struct {
 
 func (x *Version) Reset() {
 	*x = Version{}
-	mi := &file_atoll_proto_msgTypes[28]
+	mi := &file_atoll_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2153,7 +2394,7 @@ func (x *Version) String() string {
 func (*Version) ProtoMessage() {}
 
 func (x *Version) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[28]
+	mi := &file_atoll_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2166,7 +2407,7 @@ func (x *Version) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Version.ProtoReflect.Descriptor instead.
 func (*Version) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{28}
+	return file_atoll_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *Version) GetNumber() uint64 {
@@ -2308,7 +2549,7 @@ type CreateVersionRequest struct {
 
 func (x *CreateVersionRequest) Reset() {
 	*x = CreateVersionRequest{}
-	mi := &file_atoll_proto_msgTypes[29]
+	mi := &file_atoll_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2320,7 +2561,7 @@ func (x *CreateVersionRequest) String() string {
 func (*CreateVersionRequest) ProtoMessage() {}
 
 func (x *CreateVersionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[29]
+	mi := &file_atoll_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2333,7 +2574,7 @@ func (x *CreateVersionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateVersionRequest.ProtoReflect.Descriptor instead.
 func (*CreateVersionRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{29}
+	return file_atoll_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *CreateVersionRequest) GetMedia() []string {
@@ -2380,7 +2621,7 @@ type CreateVersionResponse struct {
 
 func (x *CreateVersionResponse) Reset() {
 	*x = CreateVersionResponse{}
-	mi := &file_atoll_proto_msgTypes[30]
+	mi := &file_atoll_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2392,7 +2633,7 @@ func (x *CreateVersionResponse) String() string {
 func (*CreateVersionResponse) ProtoMessage() {}
 
 func (x *CreateVersionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[30]
+	mi := &file_atoll_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2405,7 +2646,7 @@ func (x *CreateVersionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateVersionResponse.ProtoReflect.Descriptor instead.
 func (*CreateVersionResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{30}
+	return file_atoll_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *CreateVersionResponse) GetVersions() []*Version {
@@ -2426,7 +2667,7 @@ type ListVersionsRequest struct {
 
 func (x *ListVersionsRequest) Reset() {
 	*x = ListVersionsRequest{}
-	mi := &file_atoll_proto_msgTypes[31]
+	mi := &file_atoll_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2438,7 +2679,7 @@ func (x *ListVersionsRequest) String() string {
 func (*ListVersionsRequest) ProtoMessage() {}
 
 func (x *ListVersionsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[31]
+	mi := &file_atoll_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2451,7 +2692,7 @@ func (x *ListVersionsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListVersionsRequest.ProtoReflect.Descriptor instead.
 func (*ListVersionsRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{31}
+	return file_atoll_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *ListVersionsRequest) GetName() string {
@@ -2487,7 +2728,7 @@ type ListVersionsResponse struct {
 
 func (x *ListVersionsResponse) Reset() {
 	*x = ListVersionsResponse{}
-	mi := &file_atoll_proto_msgTypes[32]
+	mi := &file_atoll_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2499,7 +2740,7 @@ func (x *ListVersionsResponse) String() string {
 func (*ListVersionsResponse) ProtoMessage() {}
 
 func (x *ListVersionsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[32]
+	mi := &file_atoll_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2512,7 +2753,7 @@ func (x *ListVersionsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListVersionsResponse.ProtoReflect.Descriptor instead.
 func (*ListVersionsResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{32}
+	return file_atoll_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *ListVersionsResponse) GetVersions() []*Version {
@@ -2555,7 +2796,7 @@ type UpdateVersionRequest struct {
 
 func (x *UpdateVersionRequest) Reset() {
 	*x = UpdateVersionRequest{}
-	mi := &file_atoll_proto_msgTypes[33]
+	mi := &file_atoll_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2567,7 +2808,7 @@ func (x *UpdateVersionRequest) String() string {
 func (*UpdateVersionRequest) ProtoMessage() {}
 
 func (x *UpdateVersionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[33]
+	mi := &file_atoll_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2580,7 +2821,7 @@ func (x *UpdateVersionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateVersionRequest.ProtoReflect.Descriptor instead.
 func (*UpdateVersionRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{33}
+	return file_atoll_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *UpdateVersionRequest) GetName() string {
@@ -2622,7 +2863,7 @@ type DeleteVersionRequest struct {
 
 func (x *DeleteVersionRequest) Reset() {
 	*x = DeleteVersionRequest{}
-	mi := &file_atoll_proto_msgTypes[34]
+	mi := &file_atoll_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2634,7 +2875,7 @@ func (x *DeleteVersionRequest) String() string {
 func (*DeleteVersionRequest) ProtoMessage() {}
 
 func (x *DeleteVersionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[34]
+	mi := &file_atoll_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2647,7 +2888,7 @@ func (x *DeleteVersionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteVersionRequest.ProtoReflect.Descriptor instead.
 func (*DeleteVersionRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{34}
+	return file_atoll_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *DeleteVersionRequest) GetName() string {
@@ -2681,7 +2922,7 @@ type DeleteVersionResponse struct {
 
 func (x *DeleteVersionResponse) Reset() {
 	*x = DeleteVersionResponse{}
-	mi := &file_atoll_proto_msgTypes[35]
+	mi := &file_atoll_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2693,7 +2934,7 @@ func (x *DeleteVersionResponse) String() string {
 func (*DeleteVersionResponse) ProtoMessage() {}
 
 func (x *DeleteVersionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[35]
+	mi := &file_atoll_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2706,7 +2947,7 @@ func (x *DeleteVersionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteVersionResponse.ProtoReflect.Descriptor instead.
 func (*DeleteVersionResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{35}
+	return file_atoll_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *DeleteVersionResponse) GetBytes() int64 {
@@ -2732,7 +2973,7 @@ type ReleaseVersionRequest struct {
 
 func (x *ReleaseVersionRequest) Reset() {
 	*x = ReleaseVersionRequest{}
-	mi := &file_atoll_proto_msgTypes[36]
+	mi := &file_atoll_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2744,7 +2985,7 @@ func (x *ReleaseVersionRequest) String() string {
 func (*ReleaseVersionRequest) ProtoMessage() {}
 
 func (x *ReleaseVersionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[36]
+	mi := &file_atoll_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2757,7 +2998,7 @@ func (x *ReleaseVersionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseVersionRequest.ProtoReflect.Descriptor instead.
 func (*ReleaseVersionRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{36}
+	return file_atoll_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *ReleaseVersionRequest) GetName() string {
@@ -2777,7 +3018,7 @@ type RestoreVersionRequest struct {
 
 func (x *RestoreVersionRequest) Reset() {
 	*x = RestoreVersionRequest{}
-	mi := &file_atoll_proto_msgTypes[37]
+	mi := &file_atoll_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2789,7 +3030,7 @@ func (x *RestoreVersionRequest) String() string {
 func (*RestoreVersionRequest) ProtoMessage() {}
 
 func (x *RestoreVersionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[37]
+	mi := &file_atoll_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2802,7 +3043,7 @@ func (x *RestoreVersionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreVersionRequest.ProtoReflect.Descriptor instead.
 func (*RestoreVersionRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{37}
+	return file_atoll_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *RestoreVersionRequest) GetName() string {
@@ -2829,7 +3070,7 @@ type RestoreVersionResponse struct {
 
 func (x *RestoreVersionResponse) Reset() {
 	*x = RestoreVersionResponse{}
-	mi := &file_atoll_proto_msgTypes[38]
+	mi := &file_atoll_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2841,7 +3082,7 @@ func (x *RestoreVersionResponse) String() string {
 func (*RestoreVersionResponse) ProtoMessage() {}
 
 func (x *RestoreVersionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[38]
+	mi := &file_atoll_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2854,7 +3095,7 @@ func (x *RestoreVersionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreVersionResponse.ProtoReflect.Descriptor instead.
 func (*RestoreVersionResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{38}
+	return file_atoll_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *RestoreVersionResponse) GetVersion() *Version {
@@ -2885,7 +3126,7 @@ type CloneVersionRequest struct {
 
 func (x *CloneVersionRequest) Reset() {
 	*x = CloneVersionRequest{}
-	mi := &file_atoll_proto_msgTypes[39]
+	mi := &file_atoll_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2897,7 +3138,7 @@ func (x *CloneVersionRequest) String() string {
 func (*CloneVersionRequest) ProtoMessage() {}
 
 func (x *CloneVersionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[39]
+	mi := &file_atoll_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2910,7 +3151,7 @@ func (x *CloneVersionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloneVersionRequest.ProtoReflect.Descriptor instead.
 func (*CloneVersionRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{39}
+	return file_atoll_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *CloneVersionRequest) GetSource() string {
@@ -2964,7 +3205,7 @@ type FlattenRequest struct {
 
 func (x *FlattenRequest) Reset() {
 	*x = FlattenRequest{}
-	mi := &file_atoll_proto_msgTypes[40]
+	mi := &file_atoll_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2976,7 +3217,7 @@ func (x *FlattenRequest) String() string {
 func (*FlattenRequest) ProtoMessage() {}
 
 func (x *FlattenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[40]
+	mi := &file_atoll_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2989,7 +3230,7 @@ func (x *FlattenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FlattenRequest.ProtoReflect.Descriptor instead.
 func (*FlattenRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{40}
+	return file_atoll_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *FlattenRequest) GetName() string {
@@ -3009,7 +3250,7 @@ type ListChildrenRequest struct {
 
 func (x *ListChildrenRequest) Reset() {
 	*x = ListChildrenRequest{}
-	mi := &file_atoll_proto_msgTypes[41]
+	mi := &file_atoll_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3021,7 +3262,7 @@ func (x *ListChildrenRequest) String() string {
 func (*ListChildrenRequest) ProtoMessage() {}
 
 func (x *ListChildrenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[41]
+	mi := &file_atoll_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3034,7 +3275,7 @@ func (x *ListChildrenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListChildrenRequest.ProtoReflect.Descriptor instead.
 func (*ListChildrenRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{41}
+	return file_atoll_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *ListChildrenRequest) GetName() string {
@@ -3060,7 +3301,7 @@ type ListChildrenResponse struct {
 
 func (x *ListChildrenResponse) Reset() {
 	*x = ListChildrenResponse{}
-	mi := &file_atoll_proto_msgTypes[42]
+	mi := &file_atoll_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3072,7 +3313,7 @@ func (x *ListChildrenResponse) String() string {
 func (*ListChildrenResponse) ProtoMessage() {}
 
 func (x *ListChildrenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[42]
+	mi := &file_atoll_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3085,7 +3326,7 @@ func (x *ListChildrenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListChildrenResponse.ProtoReflect.Descriptor instead.
 func (*ListChildrenResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{42}
+	return file_atoll_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *ListChildrenResponse) GetChildren() []*Child {
@@ -3108,7 +3349,7 @@ type Child struct {
 
 func (x *Child) Reset() {
 	*x = Child{}
-	mi := &file_atoll_proto_msgTypes[43]
+	mi := &file_atoll_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3120,7 +3361,7 @@ func (x *Child) String() string {
 func (*Child) ProtoMessage() {}
 
 func (x *Child) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[43]
+	mi := &file_atoll_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3133,7 +3374,7 @@ func (x *Child) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Child.ProtoReflect.Descriptor instead.
 func (*Child) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{43}
+	return file_atoll_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *Child) GetName() string {
@@ -3183,7 +3424,7 @@ type DiffRequest struct {
 
 func (x *DiffRequest) Reset() {
 	*x = DiffRequest{}
-	mi := &file_atoll_proto_msgTypes[44]
+	mi := &file_atoll_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3195,7 +3436,7 @@ func (x *DiffRequest) String() string {
 func (*DiffRequest) ProtoMessage() {}
 
 func (x *DiffRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[44]
+	mi := &file_atoll_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3208,7 +3449,7 @@ func (x *DiffRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiffRequest.ProtoReflect.Descriptor instead.
 func (*DiffRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{44}
+	return file_atoll_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *DiffRequest) GetName() string {
@@ -3249,7 +3490,7 @@ type DiffResponse struct {
 
 func (x *DiffResponse) Reset() {
 	*x = DiffResponse{}
-	mi := &file_atoll_proto_msgTypes[45]
+	mi := &file_atoll_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3261,7 +3502,7 @@ func (x *DiffResponse) String() string {
 func (*DiffResponse) ProtoMessage() {}
 
 func (x *DiffResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[45]
+	mi := &file_atoll_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3274,7 +3515,7 @@ func (x *DiffResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiffResponse.ProtoReflect.Descriptor instead.
 func (*DiffResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{45}
+	return file_atoll_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *DiffResponse) GetExtents() []*Extent {
@@ -3302,7 +3543,7 @@ type Extent struct {
 
 func (x *Extent) Reset() {
 	*x = Extent{}
-	mi := &file_atoll_proto_msgTypes[46]
+	mi := &file_atoll_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3314,7 +3555,7 @@ func (x *Extent) String() string {
 func (*Extent) ProtoMessage() {}
 
 func (x *Extent) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[46]
+	mi := &file_atoll_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3327,7 +3568,7 @@ func (x *Extent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Extent.ProtoReflect.Descriptor instead.
 func (*Extent) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{46}
+	return file_atoll_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *Extent) GetOffset() int64 {
@@ -3361,7 +3602,7 @@ type SetScheduleRequest struct {
 
 func (x *SetScheduleRequest) Reset() {
 	*x = SetScheduleRequest{}
-	mi := &file_atoll_proto_msgTypes[47]
+	mi := &file_atoll_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3373,7 +3614,7 @@ func (x *SetScheduleRequest) String() string {
 func (*SetScheduleRequest) ProtoMessage() {}
 
 func (x *SetScheduleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[47]
+	mi := &file_atoll_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3386,7 +3627,7 @@ func (x *SetScheduleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetScheduleRequest.ProtoReflect.Descriptor instead.
 func (*SetScheduleRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{47}
+	return file_atoll_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *SetScheduleRequest) GetName() string {
@@ -3412,7 +3653,7 @@ type SetScheduleResponse struct {
 
 func (x *SetScheduleResponse) Reset() {
 	*x = SetScheduleResponse{}
-	mi := &file_atoll_proto_msgTypes[48]
+	mi := &file_atoll_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3424,7 +3665,7 @@ func (x *SetScheduleResponse) String() string {
 func (*SetScheduleResponse) ProtoMessage() {}
 
 func (x *SetScheduleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[48]
+	mi := &file_atoll_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3437,7 +3678,7 @@ func (x *SetScheduleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetScheduleResponse.ProtoReflect.Descriptor instead.
 func (*SetScheduleResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{48}
+	return file_atoll_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *SetScheduleResponse) GetSchedule() string {
@@ -3459,7 +3700,7 @@ type BeginImportRequest struct {
 
 func (x *BeginImportRequest) Reset() {
 	*x = BeginImportRequest{}
-	mi := &file_atoll_proto_msgTypes[49]
+	mi := &file_atoll_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3471,7 +3712,7 @@ func (x *BeginImportRequest) String() string {
 func (*BeginImportRequest) ProtoMessage() {}
 
 func (x *BeginImportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[49]
+	mi := &file_atoll_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3484,7 +3725,7 @@ func (x *BeginImportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BeginImportRequest.ProtoReflect.Descriptor instead.
 func (*BeginImportRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{49}
+	return file_atoll_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *BeginImportRequest) GetName() string {
@@ -3526,7 +3767,7 @@ type BeginImportResponse struct {
 
 func (x *BeginImportResponse) Reset() {
 	*x = BeginImportResponse{}
-	mi := &file_atoll_proto_msgTypes[50]
+	mi := &file_atoll_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3538,7 +3779,7 @@ func (x *BeginImportResponse) String() string {
 func (*BeginImportResponse) ProtoMessage() {}
 
 func (x *BeginImportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[50]
+	mi := &file_atoll_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3551,7 +3792,7 @@ func (x *BeginImportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BeginImportResponse.ProtoReflect.Descriptor instead.
 func (*BeginImportResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{50}
+	return file_atoll_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *BeginImportResponse) GetImportId() string {
@@ -3589,7 +3830,7 @@ type CommitImportRequest struct {
 
 func (x *CommitImportRequest) Reset() {
 	*x = CommitImportRequest{}
-	mi := &file_atoll_proto_msgTypes[51]
+	mi := &file_atoll_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3601,7 +3842,7 @@ func (x *CommitImportRequest) String() string {
 func (*CommitImportRequest) ProtoMessage() {}
 
 func (x *CommitImportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[51]
+	mi := &file_atoll_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3614,7 +3855,7 @@ func (x *CommitImportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CommitImportRequest.ProtoReflect.Descriptor instead.
 func (*CommitImportRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{51}
+	return file_atoll_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *CommitImportRequest) GetImportId() string {
@@ -3669,7 +3910,7 @@ type AbortImportRequest struct {
 
 func (x *AbortImportRequest) Reset() {
 	*x = AbortImportRequest{}
-	mi := &file_atoll_proto_msgTypes[52]
+	mi := &file_atoll_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3681,7 +3922,7 @@ func (x *AbortImportRequest) String() string {
 func (*AbortImportRequest) ProtoMessage() {}
 
 func (x *AbortImportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[52]
+	mi := &file_atoll_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3694,7 +3935,7 @@ func (x *AbortImportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortImportRequest.ProtoReflect.Descriptor instead.
 func (*AbortImportRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{52}
+	return file_atoll_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *AbortImportRequest) GetImportId() string {
@@ -3719,7 +3960,7 @@ type AbortImportResponse struct {
 
 func (x *AbortImportResponse) Reset() {
 	*x = AbortImportResponse{}
-	mi := &file_atoll_proto_msgTypes[53]
+	mi := &file_atoll_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3731,7 +3972,7 @@ func (x *AbortImportResponse) String() string {
 func (*AbortImportResponse) ProtoMessage() {}
 
 func (x *AbortImportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[53]
+	mi := &file_atoll_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3744,7 +3985,7 @@ func (x *AbortImportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortImportResponse.ProtoReflect.Descriptor instead.
 func (*AbortImportResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{53}
+	return file_atoll_proto_rawDescGZIP(), []int{55}
 }
 
 type KeepImportRequest struct {
@@ -3757,7 +3998,7 @@ type KeepImportRequest struct {
 
 func (x *KeepImportRequest) Reset() {
 	*x = KeepImportRequest{}
-	mi := &file_atoll_proto_msgTypes[54]
+	mi := &file_atoll_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3769,7 +4010,7 @@ func (x *KeepImportRequest) String() string {
 func (*KeepImportRequest) ProtoMessage() {}
 
 func (x *KeepImportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[54]
+	mi := &file_atoll_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3782,7 +4023,7 @@ func (x *KeepImportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeepImportRequest.ProtoReflect.Descriptor instead.
 func (*KeepImportRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{54}
+	return file_atoll_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *KeepImportRequest) GetImportId() string {
@@ -3807,7 +4048,7 @@ type KeepImportResponse struct {
 
 func (x *KeepImportResponse) Reset() {
 	*x = KeepImportResponse{}
-	mi := &file_atoll_proto_msgTypes[55]
+	mi := &file_atoll_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3819,7 +4060,7 @@ func (x *KeepImportResponse) String() string {
 func (*KeepImportResponse) ProtoMessage() {}
 
 func (x *KeepImportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[55]
+	mi := &file_atoll_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3832,7 +4073,7 @@ func (x *KeepImportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeepImportResponse.ProtoReflect.Descriptor instead.
 func (*KeepImportResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{55}
+	return file_atoll_proto_rawDescGZIP(), []int{57}
 }
 
 type Entry struct {
@@ -3853,7 +4094,7 @@ type Entry struct {
 
 func (x *Entry) Reset() {
 	*x = Entry{}
-	mi := &file_atoll_proto_msgTypes[56]
+	mi := &file_atoll_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3865,7 +4106,7 @@ func (x *Entry) String() string {
 func (*Entry) ProtoMessage() {}
 
 func (x *Entry) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[56]
+	mi := &file_atoll_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3878,7 +4119,7 @@ func (x *Entry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Entry.ProtoReflect.Descriptor instead.
 func (*Entry) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{56}
+	return file_atoll_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *Entry) GetPath() string {
@@ -3962,7 +4203,7 @@ type MakeDirectoryRequest struct {
 
 func (x *MakeDirectoryRequest) Reset() {
 	*x = MakeDirectoryRequest{}
-	mi := &file_atoll_proto_msgTypes[57]
+	mi := &file_atoll_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3974,7 +4215,7 @@ func (x *MakeDirectoryRequest) String() string {
 func (*MakeDirectoryRequest) ProtoMessage() {}
 
 func (x *MakeDirectoryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[57]
+	mi := &file_atoll_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3987,7 +4228,7 @@ func (x *MakeDirectoryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MakeDirectoryRequest.ProtoReflect.Descriptor instead.
 func (*MakeDirectoryRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{57}
+	return file_atoll_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *MakeDirectoryRequest) GetPath() string {
@@ -4020,7 +4261,7 @@ type RemoveDirectoryRequest struct {
 
 func (x *RemoveDirectoryRequest) Reset() {
 	*x = RemoveDirectoryRequest{}
-	mi := &file_atoll_proto_msgTypes[58]
+	mi := &file_atoll_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4032,7 +4273,7 @@ func (x *RemoveDirectoryRequest) String() string {
 func (*RemoveDirectoryRequest) ProtoMessage() {}
 
 func (x *RemoveDirectoryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[58]
+	mi := &file_atoll_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4045,7 +4286,7 @@ func (x *RemoveDirectoryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveDirectoryRequest.ProtoReflect.Descriptor instead.
 func (*RemoveDirectoryRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{58}
+	return file_atoll_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *RemoveDirectoryRequest) GetPath() string {
@@ -4063,7 +4304,7 @@ type RemoveDirectoryResponse struct {
 
 func (x *RemoveDirectoryResponse) Reset() {
 	*x = RemoveDirectoryResponse{}
-	mi := &file_atoll_proto_msgTypes[59]
+	mi := &file_atoll_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4075,7 +4316,7 @@ func (x *RemoveDirectoryResponse) String() string {
 func (*RemoveDirectoryResponse) ProtoMessage() {}
 
 func (x *RemoveDirectoryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[59]
+	mi := &file_atoll_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4088,7 +4329,7 @@ func (x *RemoveDirectoryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveDirectoryResponse.ProtoReflect.Descriptor instead.
 func (*RemoveDirectoryResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{59}
+	return file_atoll_proto_rawDescGZIP(), []int{61}
 }
 
 type ListDirectoryRequest struct {
@@ -4102,7 +4343,7 @@ type ListDirectoryRequest struct {
 
 func (x *ListDirectoryRequest) Reset() {
 	*x = ListDirectoryRequest{}
-	mi := &file_atoll_proto_msgTypes[60]
+	mi := &file_atoll_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4114,7 +4355,7 @@ func (x *ListDirectoryRequest) String() string {
 func (*ListDirectoryRequest) ProtoMessage() {}
 
 func (x *ListDirectoryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[60]
+	mi := &file_atoll_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4127,7 +4368,7 @@ func (x *ListDirectoryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListDirectoryRequest.ProtoReflect.Descriptor instead.
 func (*ListDirectoryRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{60}
+	return file_atoll_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *ListDirectoryRequest) GetPath() string {
@@ -4161,7 +4402,7 @@ type ListDirectoryResponse struct {
 
 func (x *ListDirectoryResponse) Reset() {
 	*x = ListDirectoryResponse{}
-	mi := &file_atoll_proto_msgTypes[61]
+	mi := &file_atoll_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4173,7 +4414,7 @@ func (x *ListDirectoryResponse) String() string {
 func (*ListDirectoryResponse) ProtoMessage() {}
 
 func (x *ListDirectoryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[61]
+	mi := &file_atoll_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4186,7 +4427,7 @@ func (x *ListDirectoryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListDirectoryResponse.ProtoReflect.Descriptor instead.
 func (*ListDirectoryResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{61}
+	return file_atoll_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *ListDirectoryResponse) GetEntries() []*Entry {
@@ -4213,7 +4454,7 @@ type GetEntryRequest struct {
 
 func (x *GetEntryRequest) Reset() {
 	*x = GetEntryRequest{}
-	mi := &file_atoll_proto_msgTypes[62]
+	mi := &file_atoll_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4225,7 +4466,7 @@ func (x *GetEntryRequest) String() string {
 func (*GetEntryRequest) ProtoMessage() {}
 
 func (x *GetEntryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[62]
+	mi := &file_atoll_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4238,7 +4479,7 @@ func (x *GetEntryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetEntryRequest.ProtoReflect.Descriptor instead.
 func (*GetEntryRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{62}
+	return file_atoll_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *GetEntryRequest) GetPath() string {
@@ -4267,7 +4508,7 @@ type RenameRequest struct {
 
 func (x *RenameRequest) Reset() {
 	*x = RenameRequest{}
-	mi := &file_atoll_proto_msgTypes[63]
+	mi := &file_atoll_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4279,7 +4520,7 @@ func (x *RenameRequest) String() string {
 func (*RenameRequest) ProtoMessage() {}
 
 func (x *RenameRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[63]
+	mi := &file_atoll_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4292,7 +4533,7 @@ func (x *RenameRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenameRequest.ProtoReflect.Descriptor instead.
 func (*RenameRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{63}
+	return file_atoll_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *RenameRequest) GetFrom() string {
@@ -4333,7 +4574,7 @@ type ChangeOwnerRequest struct {
 
 func (x *ChangeOwnerRequest) Reset() {
 	*x = ChangeOwnerRequest{}
-	mi := &file_atoll_proto_msgTypes[64]
+	mi := &file_atoll_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4345,7 +4586,7 @@ func (x *ChangeOwnerRequest) String() string {
 func (*ChangeOwnerRequest) ProtoMessage() {}
 
 func (x *ChangeOwnerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[64]
+	mi := &file_atoll_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4358,7 +4599,7 @@ func (x *ChangeOwnerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeOwnerRequest.ProtoReflect.Descriptor instead.
 func (*ChangeOwnerRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{64}
+	return file_atoll_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *ChangeOwnerRequest) GetPath() string {
@@ -4385,7 +4626,7 @@ type SetPropertiesRequest struct {
 
 func (x *SetPropertiesRequest) Reset() {
 	*x = SetPropertiesRequest{}
-	mi := &file_atoll_proto_msgTypes[65]
+	mi := &file_atoll_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4397,7 +4638,7 @@ func (x *SetPropertiesRequest) String() string {
 func (*SetPropertiesRequest) ProtoMessage() {}
 
 func (x *SetPropertiesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[65]
+	mi := &file_atoll_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4410,7 +4651,7 @@ func (x *SetPropertiesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetPropertiesRequest.ProtoReflect.Descriptor instead.
 func (*SetPropertiesRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{65}
+	return file_atoll_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *SetPropertiesRequest) GetPath() string {
@@ -4442,7 +4683,7 @@ type Limits struct {
 
 func (x *Limits) Reset() {
 	*x = Limits{}
-	mi := &file_atoll_proto_msgTypes[66]
+	mi := &file_atoll_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4454,7 +4695,7 @@ func (x *Limits) String() string {
 func (*Limits) ProtoMessage() {}
 
 func (x *Limits) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[66]
+	mi := &file_atoll_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4467,7 +4708,7 @@ func (x *Limits) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Limits.ProtoReflect.Descriptor instead.
 func (*Limits) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{66}
+	return file_atoll_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *Limits) GetIops() *Limit {
@@ -4523,7 +4764,7 @@ type Limit struct {
 
 func (x *Limit) Reset() {
 	*x = Limit{}
-	mi := &file_atoll_proto_msgTypes[67]
+	mi := &file_atoll_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4535,7 +4776,7 @@ func (x *Limit) String() string {
 func (*Limit) ProtoMessage() {}
 
 func (x *Limit) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[67]
+	mi := &file_atoll_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4548,7 +4789,7 @@ func (x *Limit) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Limit.ProtoReflect.Descriptor instead.
 func (*Limit) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{67}
+	return file_atoll_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *Limit) GetRate() int64 {
@@ -4582,7 +4823,7 @@ type SetLimitsRequest struct {
 
 func (x *SetLimitsRequest) Reset() {
 	*x = SetLimitsRequest{}
-	mi := &file_atoll_proto_msgTypes[68]
+	mi := &file_atoll_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4594,7 +4835,7 @@ func (x *SetLimitsRequest) String() string {
 func (*SetLimitsRequest) ProtoMessage() {}
 
 func (x *SetLimitsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[68]
+	mi := &file_atoll_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4607,7 +4848,7 @@ func (x *SetLimitsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetLimitsRequest.ProtoReflect.Descriptor instead.
 func (*SetLimitsRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{68}
+	return file_atoll_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *SetLimitsRequest) GetName() string {
@@ -4643,7 +4884,7 @@ type TrashEntry struct {
 
 func (x *TrashEntry) Reset() {
 	*x = TrashEntry{}
-	mi := &file_atoll_proto_msgTypes[69]
+	mi := &file_atoll_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4655,7 +4896,7 @@ func (x *TrashEntry) String() string {
 func (*TrashEntry) ProtoMessage() {}
 
 func (x *TrashEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[69]
+	mi := &file_atoll_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4668,7 +4909,7 @@ func (x *TrashEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TrashEntry.ProtoReflect.Descriptor instead.
 func (*TrashEntry) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{69}
+	return file_atoll_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *TrashEntry) GetId() string {
@@ -4759,7 +5000,7 @@ type MoveToTrashRequest struct {
 
 func (x *MoveToTrashRequest) Reset() {
 	*x = MoveToTrashRequest{}
-	mi := &file_atoll_proto_msgTypes[70]
+	mi := &file_atoll_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4771,7 +5012,7 @@ func (x *MoveToTrashRequest) String() string {
 func (*MoveToTrashRequest) ProtoMessage() {}
 
 func (x *MoveToTrashRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[70]
+	mi := &file_atoll_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4784,7 +5025,7 @@ func (x *MoveToTrashRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MoveToTrashRequest.ProtoReflect.Descriptor instead.
 func (*MoveToTrashRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{70}
+	return file_atoll_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *MoveToTrashRequest) GetName() string {
@@ -4818,7 +5059,7 @@ type ListTrashRequest struct {
 
 func (x *ListTrashRequest) Reset() {
 	*x = ListTrashRequest{}
-	mi := &file_atoll_proto_msgTypes[71]
+	mi := &file_atoll_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4830,7 +5071,7 @@ func (x *ListTrashRequest) String() string {
 func (*ListTrashRequest) ProtoMessage() {}
 
 func (x *ListTrashRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[71]
+	mi := &file_atoll_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4843,7 +5084,7 @@ func (x *ListTrashRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTrashRequest.ProtoReflect.Descriptor instead.
 func (*ListTrashRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{71}
+	return file_atoll_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *ListTrashRequest) GetAfter() string {
@@ -4870,7 +5111,7 @@ type ListTrashResponse struct {
 
 func (x *ListTrashResponse) Reset() {
 	*x = ListTrashResponse{}
-	mi := &file_atoll_proto_msgTypes[72]
+	mi := &file_atoll_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4882,7 +5123,7 @@ func (x *ListTrashResponse) String() string {
 func (*ListTrashResponse) ProtoMessage() {}
 
 func (x *ListTrashResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[72]
+	mi := &file_atoll_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4895,7 +5136,7 @@ func (x *ListTrashResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTrashResponse.ProtoReflect.Descriptor instead.
 func (*ListTrashResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{72}
+	return file_atoll_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *ListTrashResponse) GetEntries() []*TrashEntry {
@@ -4924,7 +5165,7 @@ type RestoreTrashRequest struct {
 
 func (x *RestoreTrashRequest) Reset() {
 	*x = RestoreTrashRequest{}
-	mi := &file_atoll_proto_msgTypes[73]
+	mi := &file_atoll_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4936,7 +5177,7 @@ func (x *RestoreTrashRequest) String() string {
 func (*RestoreTrashRequest) ProtoMessage() {}
 
 func (x *RestoreTrashRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[73]
+	mi := &file_atoll_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4949,7 +5190,7 @@ func (x *RestoreTrashRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreTrashRequest.ProtoReflect.Descriptor instead.
 func (*RestoreTrashRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{73}
+	return file_atoll_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *RestoreTrashRequest) GetId() string {
@@ -4991,7 +5232,7 @@ type PurgeTrashRequest struct {
 
 func (x *PurgeTrashRequest) Reset() {
 	*x = PurgeTrashRequest{}
-	mi := &file_atoll_proto_msgTypes[74]
+	mi := &file_atoll_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5003,7 +5244,7 @@ func (x *PurgeTrashRequest) String() string {
 func (*PurgeTrashRequest) ProtoMessage() {}
 
 func (x *PurgeTrashRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[74]
+	mi := &file_atoll_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5016,7 +5257,7 @@ func (x *PurgeTrashRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PurgeTrashRequest.ProtoReflect.Descriptor instead.
 func (*PurgeTrashRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{74}
+	return file_atoll_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *PurgeTrashRequest) GetId() string {
@@ -5050,7 +5291,7 @@ type PurgeTrashResponse struct {
 
 func (x *PurgeTrashResponse) Reset() {
 	*x = PurgeTrashResponse{}
-	mi := &file_atoll_proto_msgTypes[75]
+	mi := &file_atoll_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5062,7 +5303,7 @@ func (x *PurgeTrashResponse) String() string {
 func (*PurgeTrashResponse) ProtoMessage() {}
 
 func (x *PurgeTrashResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[75]
+	mi := &file_atoll_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5075,7 +5316,7 @@ func (x *PurgeTrashResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PurgeTrashResponse.ProtoReflect.Descriptor instead.
 func (*PurgeTrashResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{75}
+	return file_atoll_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *PurgeTrashResponse) GetRemoved() int32 {
@@ -5105,7 +5346,7 @@ type User struct {
 
 func (x *User) Reset() {
 	*x = User{}
-	mi := &file_atoll_proto_msgTypes[76]
+	mi := &file_atoll_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5117,7 +5358,7 @@ func (x *User) String() string {
 func (*User) ProtoMessage() {}
 
 func (x *User) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[76]
+	mi := &file_atoll_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5130,7 +5371,7 @@ func (x *User) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use User.ProtoReflect.Descriptor instead.
 func (*User) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{76}
+	return file_atoll_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *User) GetName() string {
@@ -5180,7 +5421,7 @@ type CreateUserRequest struct {
 
 func (x *CreateUserRequest) Reset() {
 	*x = CreateUserRequest{}
-	mi := &file_atoll_proto_msgTypes[77]
+	mi := &file_atoll_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5192,7 +5433,7 @@ func (x *CreateUserRequest) String() string {
 func (*CreateUserRequest) ProtoMessage() {}
 
 func (x *CreateUserRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[77]
+	mi := &file_atoll_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5205,7 +5446,7 @@ func (x *CreateUserRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateUserRequest.ProtoReflect.Descriptor instead.
 func (*CreateUserRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{77}
+	return file_atoll_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *CreateUserRequest) GetName() string {
@@ -5244,7 +5485,7 @@ type ListUsersRequest struct {
 
 func (x *ListUsersRequest) Reset() {
 	*x = ListUsersRequest{}
-	mi := &file_atoll_proto_msgTypes[78]
+	mi := &file_atoll_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5256,7 +5497,7 @@ func (x *ListUsersRequest) String() string {
 func (*ListUsersRequest) ProtoMessage() {}
 
 func (x *ListUsersRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[78]
+	mi := &file_atoll_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5269,7 +5510,7 @@ func (x *ListUsersRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListUsersRequest.ProtoReflect.Descriptor instead.
 func (*ListUsersRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{78}
+	return file_atoll_proto_rawDescGZIP(), []int{80}
 }
 
 type ListUsersResponse struct {
@@ -5281,7 +5522,7 @@ type ListUsersResponse struct {
 
 func (x *ListUsersResponse) Reset() {
 	*x = ListUsersResponse{}
-	mi := &file_atoll_proto_msgTypes[79]
+	mi := &file_atoll_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5293,7 +5534,7 @@ func (x *ListUsersResponse) String() string {
 func (*ListUsersResponse) ProtoMessage() {}
 
 func (x *ListUsersResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[79]
+	mi := &file_atoll_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5306,7 +5547,7 @@ func (x *ListUsersResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListUsersResponse.ProtoReflect.Descriptor instead.
 func (*ListUsersResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{79}
+	return file_atoll_proto_rawDescGZIP(), []int{81}
 }
 
 func (x *ListUsersResponse) GetUsers() []*User {
@@ -5328,7 +5569,7 @@ type UpdateUserRequest struct {
 
 func (x *UpdateUserRequest) Reset() {
 	*x = UpdateUserRequest{}
-	mi := &file_atoll_proto_msgTypes[80]
+	mi := &file_atoll_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5340,7 +5581,7 @@ func (x *UpdateUserRequest) String() string {
 func (*UpdateUserRequest) ProtoMessage() {}
 
 func (x *UpdateUserRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[80]
+	mi := &file_atoll_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5353,7 +5594,7 @@ func (x *UpdateUserRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateUserRequest.ProtoReflect.Descriptor instead.
 func (*UpdateUserRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{80}
+	return file_atoll_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *UpdateUserRequest) GetName() string {
@@ -5394,7 +5635,7 @@ type AuthenticateRequest struct {
 
 func (x *AuthenticateRequest) Reset() {
 	*x = AuthenticateRequest{}
-	mi := &file_atoll_proto_msgTypes[81]
+	mi := &file_atoll_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5406,7 +5647,7 @@ func (x *AuthenticateRequest) String() string {
 func (*AuthenticateRequest) ProtoMessage() {}
 
 func (x *AuthenticateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[81]
+	mi := &file_atoll_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5419,7 +5660,7 @@ func (x *AuthenticateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthenticateRequest.ProtoReflect.Descriptor instead.
 func (*AuthenticateRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{81}
+	return file_atoll_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *AuthenticateRequest) GetName() string {
@@ -5445,7 +5686,7 @@ type DeleteUserRequest struct {
 
 func (x *DeleteUserRequest) Reset() {
 	*x = DeleteUserRequest{}
-	mi := &file_atoll_proto_msgTypes[82]
+	mi := &file_atoll_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5457,7 +5698,7 @@ func (x *DeleteUserRequest) String() string {
 func (*DeleteUserRequest) ProtoMessage() {}
 
 func (x *DeleteUserRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[82]
+	mi := &file_atoll_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5470,7 +5711,7 @@ func (x *DeleteUserRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteUserRequest.ProtoReflect.Descriptor instead.
 func (*DeleteUserRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{82}
+	return file_atoll_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *DeleteUserRequest) GetName() string {
@@ -5488,7 +5729,7 @@ type DeleteUserResponse struct {
 
 func (x *DeleteUserResponse) Reset() {
 	*x = DeleteUserResponse{}
-	mi := &file_atoll_proto_msgTypes[83]
+	mi := &file_atoll_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5500,7 +5741,7 @@ func (x *DeleteUserResponse) String() string {
 func (*DeleteUserResponse) ProtoMessage() {}
 
 func (x *DeleteUserResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[83]
+	mi := &file_atoll_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5513,7 +5754,7 @@ func (x *DeleteUserResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteUserResponse.ProtoReflect.Descriptor instead.
 func (*DeleteUserResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{83}
+	return file_atoll_proto_rawDescGZIP(), []int{85}
 }
 
 type Task struct {
@@ -5535,7 +5776,7 @@ type Task struct {
 
 func (x *Task) Reset() {
 	*x = Task{}
-	mi := &file_atoll_proto_msgTypes[84]
+	mi := &file_atoll_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5547,7 +5788,7 @@ func (x *Task) String() string {
 func (*Task) ProtoMessage() {}
 
 func (x *Task) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[84]
+	mi := &file_atoll_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5560,7 +5801,7 @@ func (x *Task) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Task.ProtoReflect.Descriptor instead.
 func (*Task) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{84}
+	return file_atoll_proto_rawDescGZIP(), []int{86}
 }
 
 func (x *Task) GetId() string {
@@ -5649,7 +5890,7 @@ type ListTasksRequest struct {
 
 func (x *ListTasksRequest) Reset() {
 	*x = ListTasksRequest{}
-	mi := &file_atoll_proto_msgTypes[85]
+	mi := &file_atoll_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5661,7 +5902,7 @@ func (x *ListTasksRequest) String() string {
 func (*ListTasksRequest) ProtoMessage() {}
 
 func (x *ListTasksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[85]
+	mi := &file_atoll_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5674,7 +5915,7 @@ func (x *ListTasksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTasksRequest.ProtoReflect.Descriptor instead.
 func (*ListTasksRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{85}
+	return file_atoll_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *ListTasksRequest) GetAll() bool {
@@ -5693,7 +5934,7 @@ type ListTasksResponse struct {
 
 func (x *ListTasksResponse) Reset() {
 	*x = ListTasksResponse{}
-	mi := &file_atoll_proto_msgTypes[86]
+	mi := &file_atoll_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5705,7 +5946,7 @@ func (x *ListTasksResponse) String() string {
 func (*ListTasksResponse) ProtoMessage() {}
 
 func (x *ListTasksResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[86]
+	mi := &file_atoll_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5718,7 +5959,7 @@ func (x *ListTasksResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTasksResponse.ProtoReflect.Descriptor instead.
 func (*ListTasksResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{86}
+	return file_atoll_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *ListTasksResponse) GetTasks() []*Task {
@@ -5737,7 +5978,7 @@ type GetTaskRequest struct {
 
 func (x *GetTaskRequest) Reset() {
 	*x = GetTaskRequest{}
-	mi := &file_atoll_proto_msgTypes[87]
+	mi := &file_atoll_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5749,7 +5990,7 @@ func (x *GetTaskRequest) String() string {
 func (*GetTaskRequest) ProtoMessage() {}
 
 func (x *GetTaskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[87]
+	mi := &file_atoll_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5762,7 +6003,7 @@ func (x *GetTaskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetTaskRequest.ProtoReflect.Descriptor instead.
 func (*GetTaskRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{87}
+	return file_atoll_proto_rawDescGZIP(), []int{89}
 }
 
 func (x *GetTaskRequest) GetId() string {
@@ -5781,7 +6022,7 @@ type CancelTaskRequest struct {
 
 func (x *CancelTaskRequest) Reset() {
 	*x = CancelTaskRequest{}
-	mi := &file_atoll_proto_msgTypes[88]
+	mi := &file_atoll_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5793,7 +6034,7 @@ func (x *CancelTaskRequest) String() string {
 func (*CancelTaskRequest) ProtoMessage() {}
 
 func (x *CancelTaskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[88]
+	mi := &file_atoll_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5806,7 +6047,7 @@ func (x *CancelTaskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelTaskRequest.ProtoReflect.Descriptor instead.
 func (*CancelTaskRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{88}
+	return file_atoll_proto_rawDescGZIP(), []int{90}
 }
 
 func (x *CancelTaskRequest) GetId() string {
@@ -5827,7 +6068,7 @@ type InjectRequest struct {
 
 func (x *InjectRequest) Reset() {
 	*x = InjectRequest{}
-	mi := &file_atoll_proto_msgTypes[89]
+	mi := &file_atoll_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5839,7 +6080,7 @@ func (x *InjectRequest) String() string {
 func (*InjectRequest) ProtoMessage() {}
 
 func (x *InjectRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[89]
+	mi := &file_atoll_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5852,7 +6093,7 @@ func (x *InjectRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InjectRequest.ProtoReflect.Descriptor instead.
 func (*InjectRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{89}
+	return file_atoll_proto_rawDescGZIP(), []int{91}
 }
 
 func (x *InjectRequest) GetNode() uint32 {
@@ -5885,7 +6126,7 @@ type InjectResponse struct {
 
 func (x *InjectResponse) Reset() {
 	*x = InjectResponse{}
-	mi := &file_atoll_proto_msgTypes[90]
+	mi := &file_atoll_proto_msgTypes[92]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5897,7 +6138,7 @@ func (x *InjectResponse) String() string {
 func (*InjectResponse) ProtoMessage() {}
 
 func (x *InjectResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[90]
+	mi := &file_atoll_proto_msgTypes[92]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5910,7 +6151,7 @@ func (x *InjectResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InjectResponse.ProtoReflect.Descriptor instead.
 func (*InjectResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{90}
+	return file_atoll_proto_rawDescGZIP(), []int{92}
 }
 
 func (x *InjectResponse) GetMessage() string {
@@ -5928,7 +6169,7 @@ type AddNodeRequest struct {
 
 func (x *AddNodeRequest) Reset() {
 	*x = AddNodeRequest{}
-	mi := &file_atoll_proto_msgTypes[91]
+	mi := &file_atoll_proto_msgTypes[93]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5940,7 +6181,7 @@ func (x *AddNodeRequest) String() string {
 func (*AddNodeRequest) ProtoMessage() {}
 
 func (x *AddNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[91]
+	mi := &file_atoll_proto_msgTypes[93]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5953,7 +6194,7 @@ func (x *AddNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddNodeRequest.ProtoReflect.Descriptor instead.
 func (*AddNodeRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{91}
+	return file_atoll_proto_rawDescGZIP(), []int{93}
 }
 
 type AddNodeResponse struct {
@@ -5966,7 +6207,7 @@ type AddNodeResponse struct {
 
 func (x *AddNodeResponse) Reset() {
 	*x = AddNodeResponse{}
-	mi := &file_atoll_proto_msgTypes[92]
+	mi := &file_atoll_proto_msgTypes[94]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5978,7 +6219,7 @@ func (x *AddNodeResponse) String() string {
 func (*AddNodeResponse) ProtoMessage() {}
 
 func (x *AddNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[92]
+	mi := &file_atoll_proto_msgTypes[94]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5991,7 +6232,7 @@ func (x *AddNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddNodeResponse.ProtoReflect.Descriptor instead.
 func (*AddNodeResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{92}
+	return file_atoll_proto_rawDescGZIP(), []int{94}
 }
 
 func (x *AddNodeResponse) GetNode() uint32 {
@@ -6016,7 +6257,7 @@ const file_atoll_proto_rawDesc = "" +
 	"\vErrorDetail\x12\x12\n" +
 	"\x04code\x18\x01 \x01(\tR\x04code\x12\x12\n" +
 	"\x04hint\x18\x02 \x01(\tR\x04hint\"\x12\n" +
-	"\x10GetStatusRequest\"\xe8\x04\n" +
+	"\x10GetStatusRequest\"\x92\x05\n" +
 	"\x11GetStatusResponse\x12\x1d\n" +
 	"\n" +
 	"cluster_id\x18\x01 \x01(\tR\tclusterId\x12\x12\n" +
@@ -6039,7 +6280,15 @@ const file_atoll_proto_rawDesc = "" +
 	"\atrashed\x18\x10 \x01(\x05R\atrashed\x12\x1f\n" +
 	"\vtrash_bytes\x18\x11 \x01(\x03R\n" +
 	"trashBytes\x12(\n" +
-	"\x04kept\x18\x12 \x03(\v2\x14.atoll.v1.KeptMediumR\x04kept\"^\n" +
+	"\x06repair\x18\x13 \x01(\v2\x10.atoll.v1.RepairR\x06repair\x12(\n" +
+	"\x04kept\x18\x12 \x03(\v2\x14.atoll.v1.KeptMediumR\x04kept\"\xa1\x01\n" +
+	"\x06Repair\x12\x14\n" +
+	"\x05moves\x18\x01 \x01(\x05R\x05moves\x12\x12\n" +
+	"\x04lost\x18\x02 \x01(\x05R\x04lost\x12\x14\n" +
+	"\x05stuck\x18\x03 \x01(\x05R\x05stuck\x12\x14\n" +
+	"\x05bytes\x18\x04 \x01(\x03R\x05bytes\x12\x12\n" +
+	"\x04rate\x18\x05 \x01(\x03R\x04rate\x12-\n" +
+	"\x04left\x18\x06 \x01(\v2\x19.google.protobuf.DurationR\x04left\"^\n" +
 	"\n" +
 	"KeptMedium\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
@@ -6060,7 +6309,7 @@ const file_atoll_proto_rawDesc = "" +
 	" \x01(\bR\tanswering\"\x12\n" +
 	"\x10ListNodesRequest\"9\n" +
 	"\x11ListNodesResponse\x12$\n" +
-	"\x05nodes\x18\x01 \x03(\v2\x0e.atoll.v1.NodeR\x05nodes\"\xb1\x03\n" +
+	"\x05nodes\x18\x01 \x03(\v2\x0e.atoll.v1.NodeR\x05nodes\"\x92\x06\n" +
 	"\x04Node\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\rR\x02id\x12\x14\n" +
 	"\x05state\x18\x02 \x01(\tR\x05state\x12\x0e\n" +
@@ -6081,7 +6330,26 @@ const file_atoll_proto_rawDesc = "" +
 	"\x06errors\x18\x0e \x01(\x04R\x06errors\x128\n" +
 	"\n" +
 	"append_p99\x18\x0f \x01(\v2\x19.google.protobuf.DurationR\tappendP99\x12\x12\n" +
-	"\x04path\x18\x10 \x01(\tR\x04path\"\x12\n" +
+	"\x04path\x18\x10 \x01(\tR\x04path\x12\x1a\n" +
+	"\bcopysets\x18\x11 \x01(\x05R\bcopysets\x12\x18\n" +
+	"\aleaving\x18\x12 \x01(\x05R\aleaving\x12\x18\n" +
+	"\ajoining\x18\x13 \x01(\x05R\ajoining\x12\x1d\n" +
+	"\n" +
+	"copy_bytes\x18\x14 \x01(\x03R\tcopyBytes\x12!\n" +
+	"\fcopied_bytes\x18\x15 \x01(\x03R\vcopiedBytes\x12\x1b\n" +
+	"\tcopy_rate\x18\x16 \x01(\x03R\bcopyRate\x12!\n" +
+	"\fcopy_waiting\x18\x17 \x01(\x05R\vcopyWaiting\x12\x1d\n" +
+	"\n" +
+	"copy_error\x18\x18 \x01(\tR\tcopyError\x12\x1f\n" +
+	"\vstray_bytes\x18\x19 \x01(\x03R\n" +
+	"strayBytes\x129\n" +
+	"\n" +
+	"down_since\x18\x1a \x01(\v2\x1a.google.protobuf.TimestampR\tdownSince\x12\x12\n" +
+	"\x04heir\x18\x1b \x01(\rR\x04heir\"J\n" +
+	"\x0eSetNodeRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\rR\x02id\x12\x14\n" +
+	"\x05state\x18\x02 \x01(\tR\x05state\x12\x12\n" +
+	"\x04heir\x18\x03 \x01(\rR\x04heir\"\x12\n" +
 	"\x10GetConfigRequest\"B\n" +
 	"\x11GetConfigResponse\x12-\n" +
 	"\bsettings\x18\x01 \x03(\v2\x11.atoll.v1.SettingR\bsettings\"I\n" +
@@ -6528,10 +6796,11 @@ const file_atoll_proto_rawDesc = "" +
 	"\x0eAddNodeRequest\"9\n" +
 	"\x0fAddNodeResponse\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\rR\x04node\x12\x12\n" +
-	"\x04path\x18\x02 \x01(\tR\x04path2\xa8\x03\n" +
+	"\x04path\x18\x02 \x01(\tR\x04path2\xdd\x03\n" +
 	"\x0eClusterService\x12D\n" +
 	"\tGetStatus\x12\x1a.atoll.v1.GetStatusRequest\x1a\x1b.atoll.v1.GetStatusResponse\x12D\n" +
-	"\tListNodes\x12\x1a.atoll.v1.ListNodesRequest\x1a\x1b.atoll.v1.ListNodesResponse\x12D\n" +
+	"\tListNodes\x12\x1a.atoll.v1.ListNodesRequest\x1a\x1b.atoll.v1.ListNodesResponse\x123\n" +
+	"\aSetNode\x12\x18.atoll.v1.SetNodeRequest\x1a\x0e.atoll.v1.Node\x12D\n" +
 	"\tGetConfig\x12\x1a.atoll.v1.GetConfigRequest\x1a\x1b.atoll.v1.GetConfigResponse\x12A\n" +
 	"\bDiagnose\x12\x19.atoll.v1.DiagnoseRequest\x1a\x1a.atoll.v1.DiagnoseResponse\x12J\n" +
 	"\vCreateToken\x12\x1c.atoll.v1.CreateTokenRequest\x1a\x1d.atoll.v1.CreateTokenResponse\x125\n" +
@@ -6605,268 +6874,275 @@ func file_atoll_proto_rawDescGZIP() []byte {
 	return file_atoll_proto_rawDescData
 }
 
-var file_atoll_proto_msgTypes = make([]protoimpl.MessageInfo, 101)
+var file_atoll_proto_msgTypes = make([]protoimpl.MessageInfo, 103)
 var file_atoll_proto_goTypes = []any{
 	(*ErrorDetail)(nil),             // 0: atoll.v1.ErrorDetail
 	(*GetStatusRequest)(nil),        // 1: atoll.v1.GetStatusRequest
 	(*GetStatusResponse)(nil),       // 2: atoll.v1.GetStatusResponse
-	(*KeptMedium)(nil),              // 3: atoll.v1.KeptMedium
-	(*Process)(nil),                 // 4: atoll.v1.Process
-	(*ListNodesRequest)(nil),        // 5: atoll.v1.ListNodesRequest
-	(*ListNodesResponse)(nil),       // 6: atoll.v1.ListNodesResponse
-	(*Node)(nil),                    // 7: atoll.v1.Node
-	(*GetConfigRequest)(nil),        // 8: atoll.v1.GetConfigRequest
-	(*GetConfigResponse)(nil),       // 9: atoll.v1.GetConfigResponse
-	(*Setting)(nil),                 // 10: atoll.v1.Setting
-	(*DiagnoseRequest)(nil),         // 11: atoll.v1.DiagnoseRequest
-	(*DiagnoseResponse)(nil),        // 12: atoll.v1.DiagnoseResponse
-	(*Finding)(nil),                 // 13: atoll.v1.Finding
-	(*CreateTokenRequest)(nil),      // 14: atoll.v1.CreateTokenRequest
-	(*CreateTokenResponse)(nil),     // 15: atoll.v1.CreateTokenResponse
-	(*JoinRequest)(nil),             // 16: atoll.v1.JoinRequest
-	(*JoinResponse)(nil),            // 17: atoll.v1.JoinResponse
-	(*Volume)(nil),                  // 18: atoll.v1.Volume
-	(*CreateVolumeRequest)(nil),     // 19: atoll.v1.CreateVolumeRequest
-	(*ListVolumesRequest)(nil),      // 20: atoll.v1.ListVolumesRequest
-	(*ListVolumesResponse)(nil),     // 21: atoll.v1.ListVolumesResponse
-	(*GetVolumeRequest)(nil),        // 22: atoll.v1.GetVolumeRequest
-	(*ResizeVolumeRequest)(nil),     // 23: atoll.v1.ResizeVolumeRequest
-	(*DeleteVolumeRequest)(nil),     // 24: atoll.v1.DeleteVolumeRequest
-	(*DeleteVolumeResponse)(nil),    // 25: atoll.v1.DeleteVolumeResponse
-	(*CheckVolumeRequest)(nil),      // 26: atoll.v1.CheckVolumeRequest
-	(*CheckVolumeResponse)(nil),     // 27: atoll.v1.CheckVolumeResponse
-	(*Version)(nil),                 // 28: atoll.v1.Version
-	(*CreateVersionRequest)(nil),    // 29: atoll.v1.CreateVersionRequest
-	(*CreateVersionResponse)(nil),   // 30: atoll.v1.CreateVersionResponse
-	(*ListVersionsRequest)(nil),     // 31: atoll.v1.ListVersionsRequest
-	(*ListVersionsResponse)(nil),    // 32: atoll.v1.ListVersionsResponse
-	(*UpdateVersionRequest)(nil),    // 33: atoll.v1.UpdateVersionRequest
-	(*DeleteVersionRequest)(nil),    // 34: atoll.v1.DeleteVersionRequest
-	(*DeleteVersionResponse)(nil),   // 35: atoll.v1.DeleteVersionResponse
-	(*ReleaseVersionRequest)(nil),   // 36: atoll.v1.ReleaseVersionRequest
-	(*RestoreVersionRequest)(nil),   // 37: atoll.v1.RestoreVersionRequest
-	(*RestoreVersionResponse)(nil),  // 38: atoll.v1.RestoreVersionResponse
-	(*CloneVersionRequest)(nil),     // 39: atoll.v1.CloneVersionRequest
-	(*FlattenRequest)(nil),          // 40: atoll.v1.FlattenRequest
-	(*ListChildrenRequest)(nil),     // 41: atoll.v1.ListChildrenRequest
-	(*ListChildrenResponse)(nil),    // 42: atoll.v1.ListChildrenResponse
-	(*Child)(nil),                   // 43: atoll.v1.Child
-	(*DiffRequest)(nil),             // 44: atoll.v1.DiffRequest
-	(*DiffResponse)(nil),            // 45: atoll.v1.DiffResponse
-	(*Extent)(nil),                  // 46: atoll.v1.Extent
-	(*SetScheduleRequest)(nil),      // 47: atoll.v1.SetScheduleRequest
-	(*SetScheduleResponse)(nil),     // 48: atoll.v1.SetScheduleResponse
-	(*BeginImportRequest)(nil),      // 49: atoll.v1.BeginImportRequest
-	(*BeginImportResponse)(nil),     // 50: atoll.v1.BeginImportResponse
-	(*CommitImportRequest)(nil),     // 51: atoll.v1.CommitImportRequest
-	(*AbortImportRequest)(nil),      // 52: atoll.v1.AbortImportRequest
-	(*AbortImportResponse)(nil),     // 53: atoll.v1.AbortImportResponse
-	(*KeepImportRequest)(nil),       // 54: atoll.v1.KeepImportRequest
-	(*KeepImportResponse)(nil),      // 55: atoll.v1.KeepImportResponse
-	(*Entry)(nil),                   // 56: atoll.v1.Entry
-	(*MakeDirectoryRequest)(nil),    // 57: atoll.v1.MakeDirectoryRequest
-	(*RemoveDirectoryRequest)(nil),  // 58: atoll.v1.RemoveDirectoryRequest
-	(*RemoveDirectoryResponse)(nil), // 59: atoll.v1.RemoveDirectoryResponse
-	(*ListDirectoryRequest)(nil),    // 60: atoll.v1.ListDirectoryRequest
-	(*ListDirectoryResponse)(nil),   // 61: atoll.v1.ListDirectoryResponse
-	(*GetEntryRequest)(nil),         // 62: atoll.v1.GetEntryRequest
-	(*RenameRequest)(nil),           // 63: atoll.v1.RenameRequest
-	(*ChangeOwnerRequest)(nil),      // 64: atoll.v1.ChangeOwnerRequest
-	(*SetPropertiesRequest)(nil),    // 65: atoll.v1.SetPropertiesRequest
-	(*Limits)(nil),                  // 66: atoll.v1.Limits
-	(*Limit)(nil),                   // 67: atoll.v1.Limit
-	(*SetLimitsRequest)(nil),        // 68: atoll.v1.SetLimitsRequest
-	(*TrashEntry)(nil),              // 69: atoll.v1.TrashEntry
-	(*MoveToTrashRequest)(nil),      // 70: atoll.v1.MoveToTrashRequest
-	(*ListTrashRequest)(nil),        // 71: atoll.v1.ListTrashRequest
-	(*ListTrashResponse)(nil),       // 72: atoll.v1.ListTrashResponse
-	(*RestoreTrashRequest)(nil),     // 73: atoll.v1.RestoreTrashRequest
-	(*PurgeTrashRequest)(nil),       // 74: atoll.v1.PurgeTrashRequest
-	(*PurgeTrashResponse)(nil),      // 75: atoll.v1.PurgeTrashResponse
-	(*User)(nil),                    // 76: atoll.v1.User
-	(*CreateUserRequest)(nil),       // 77: atoll.v1.CreateUserRequest
-	(*ListUsersRequest)(nil),        // 78: atoll.v1.ListUsersRequest
-	(*ListUsersResponse)(nil),       // 79: atoll.v1.ListUsersResponse
-	(*UpdateUserRequest)(nil),       // 80: atoll.v1.UpdateUserRequest
-	(*AuthenticateRequest)(nil),     // 81: atoll.v1.AuthenticateRequest
-	(*DeleteUserRequest)(nil),       // 82: atoll.v1.DeleteUserRequest
-	(*DeleteUserResponse)(nil),      // 83: atoll.v1.DeleteUserResponse
-	(*Task)(nil),                    // 84: atoll.v1.Task
-	(*ListTasksRequest)(nil),        // 85: atoll.v1.ListTasksRequest
-	(*ListTasksResponse)(nil),       // 86: atoll.v1.ListTasksResponse
-	(*GetTaskRequest)(nil),          // 87: atoll.v1.GetTaskRequest
-	(*CancelTaskRequest)(nil),       // 88: atoll.v1.CancelTaskRequest
-	(*InjectRequest)(nil),           // 89: atoll.v1.InjectRequest
-	(*InjectResponse)(nil),          // 90: atoll.v1.InjectResponse
-	(*AddNodeRequest)(nil),          // 91: atoll.v1.AddNodeRequest
-	(*AddNodeResponse)(nil),         // 92: atoll.v1.AddNodeResponse
-	nil,                             // 93: atoll.v1.Volume.PropertiesEntry
-	nil,                             // 94: atoll.v1.CreateVolumeRequest.PropertiesEntry
-	nil,                             // 95: atoll.v1.Version.PropertiesEntry
-	nil,                             // 96: atoll.v1.CreateVersionRequest.PropertiesEntry
-	nil,                             // 97: atoll.v1.CloneVersionRequest.PropertiesEntry
-	nil,                             // 98: atoll.v1.CommitImportRequest.PropertiesEntry
-	nil,                             // 99: atoll.v1.Entry.PropertiesEntry
-	nil,                             // 100: atoll.v1.SetPropertiesRequest.PropertiesEntry
-	(*timestamppb.Timestamp)(nil),   // 101: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),     // 102: google.protobuf.Duration
+	(*Repair)(nil),                  // 3: atoll.v1.Repair
+	(*KeptMedium)(nil),              // 4: atoll.v1.KeptMedium
+	(*Process)(nil),                 // 5: atoll.v1.Process
+	(*ListNodesRequest)(nil),        // 6: atoll.v1.ListNodesRequest
+	(*ListNodesResponse)(nil),       // 7: atoll.v1.ListNodesResponse
+	(*Node)(nil),                    // 8: atoll.v1.Node
+	(*SetNodeRequest)(nil),          // 9: atoll.v1.SetNodeRequest
+	(*GetConfigRequest)(nil),        // 10: atoll.v1.GetConfigRequest
+	(*GetConfigResponse)(nil),       // 11: atoll.v1.GetConfigResponse
+	(*Setting)(nil),                 // 12: atoll.v1.Setting
+	(*DiagnoseRequest)(nil),         // 13: atoll.v1.DiagnoseRequest
+	(*DiagnoseResponse)(nil),        // 14: atoll.v1.DiagnoseResponse
+	(*Finding)(nil),                 // 15: atoll.v1.Finding
+	(*CreateTokenRequest)(nil),      // 16: atoll.v1.CreateTokenRequest
+	(*CreateTokenResponse)(nil),     // 17: atoll.v1.CreateTokenResponse
+	(*JoinRequest)(nil),             // 18: atoll.v1.JoinRequest
+	(*JoinResponse)(nil),            // 19: atoll.v1.JoinResponse
+	(*Volume)(nil),                  // 20: atoll.v1.Volume
+	(*CreateVolumeRequest)(nil),     // 21: atoll.v1.CreateVolumeRequest
+	(*ListVolumesRequest)(nil),      // 22: atoll.v1.ListVolumesRequest
+	(*ListVolumesResponse)(nil),     // 23: atoll.v1.ListVolumesResponse
+	(*GetVolumeRequest)(nil),        // 24: atoll.v1.GetVolumeRequest
+	(*ResizeVolumeRequest)(nil),     // 25: atoll.v1.ResizeVolumeRequest
+	(*DeleteVolumeRequest)(nil),     // 26: atoll.v1.DeleteVolumeRequest
+	(*DeleteVolumeResponse)(nil),    // 27: atoll.v1.DeleteVolumeResponse
+	(*CheckVolumeRequest)(nil),      // 28: atoll.v1.CheckVolumeRequest
+	(*CheckVolumeResponse)(nil),     // 29: atoll.v1.CheckVolumeResponse
+	(*Version)(nil),                 // 30: atoll.v1.Version
+	(*CreateVersionRequest)(nil),    // 31: atoll.v1.CreateVersionRequest
+	(*CreateVersionResponse)(nil),   // 32: atoll.v1.CreateVersionResponse
+	(*ListVersionsRequest)(nil),     // 33: atoll.v1.ListVersionsRequest
+	(*ListVersionsResponse)(nil),    // 34: atoll.v1.ListVersionsResponse
+	(*UpdateVersionRequest)(nil),    // 35: atoll.v1.UpdateVersionRequest
+	(*DeleteVersionRequest)(nil),    // 36: atoll.v1.DeleteVersionRequest
+	(*DeleteVersionResponse)(nil),   // 37: atoll.v1.DeleteVersionResponse
+	(*ReleaseVersionRequest)(nil),   // 38: atoll.v1.ReleaseVersionRequest
+	(*RestoreVersionRequest)(nil),   // 39: atoll.v1.RestoreVersionRequest
+	(*RestoreVersionResponse)(nil),  // 40: atoll.v1.RestoreVersionResponse
+	(*CloneVersionRequest)(nil),     // 41: atoll.v1.CloneVersionRequest
+	(*FlattenRequest)(nil),          // 42: atoll.v1.FlattenRequest
+	(*ListChildrenRequest)(nil),     // 43: atoll.v1.ListChildrenRequest
+	(*ListChildrenResponse)(nil),    // 44: atoll.v1.ListChildrenResponse
+	(*Child)(nil),                   // 45: atoll.v1.Child
+	(*DiffRequest)(nil),             // 46: atoll.v1.DiffRequest
+	(*DiffResponse)(nil),            // 47: atoll.v1.DiffResponse
+	(*Extent)(nil),                  // 48: atoll.v1.Extent
+	(*SetScheduleRequest)(nil),      // 49: atoll.v1.SetScheduleRequest
+	(*SetScheduleResponse)(nil),     // 50: atoll.v1.SetScheduleResponse
+	(*BeginImportRequest)(nil),      // 51: atoll.v1.BeginImportRequest
+	(*BeginImportResponse)(nil),     // 52: atoll.v1.BeginImportResponse
+	(*CommitImportRequest)(nil),     // 53: atoll.v1.CommitImportRequest
+	(*AbortImportRequest)(nil),      // 54: atoll.v1.AbortImportRequest
+	(*AbortImportResponse)(nil),     // 55: atoll.v1.AbortImportResponse
+	(*KeepImportRequest)(nil),       // 56: atoll.v1.KeepImportRequest
+	(*KeepImportResponse)(nil),      // 57: atoll.v1.KeepImportResponse
+	(*Entry)(nil),                   // 58: atoll.v1.Entry
+	(*MakeDirectoryRequest)(nil),    // 59: atoll.v1.MakeDirectoryRequest
+	(*RemoveDirectoryRequest)(nil),  // 60: atoll.v1.RemoveDirectoryRequest
+	(*RemoveDirectoryResponse)(nil), // 61: atoll.v1.RemoveDirectoryResponse
+	(*ListDirectoryRequest)(nil),    // 62: atoll.v1.ListDirectoryRequest
+	(*ListDirectoryResponse)(nil),   // 63: atoll.v1.ListDirectoryResponse
+	(*GetEntryRequest)(nil),         // 64: atoll.v1.GetEntryRequest
+	(*RenameRequest)(nil),           // 65: atoll.v1.RenameRequest
+	(*ChangeOwnerRequest)(nil),      // 66: atoll.v1.ChangeOwnerRequest
+	(*SetPropertiesRequest)(nil),    // 67: atoll.v1.SetPropertiesRequest
+	(*Limits)(nil),                  // 68: atoll.v1.Limits
+	(*Limit)(nil),                   // 69: atoll.v1.Limit
+	(*SetLimitsRequest)(nil),        // 70: atoll.v1.SetLimitsRequest
+	(*TrashEntry)(nil),              // 71: atoll.v1.TrashEntry
+	(*MoveToTrashRequest)(nil),      // 72: atoll.v1.MoveToTrashRequest
+	(*ListTrashRequest)(nil),        // 73: atoll.v1.ListTrashRequest
+	(*ListTrashResponse)(nil),       // 74: atoll.v1.ListTrashResponse
+	(*RestoreTrashRequest)(nil),     // 75: atoll.v1.RestoreTrashRequest
+	(*PurgeTrashRequest)(nil),       // 76: atoll.v1.PurgeTrashRequest
+	(*PurgeTrashResponse)(nil),      // 77: atoll.v1.PurgeTrashResponse
+	(*User)(nil),                    // 78: atoll.v1.User
+	(*CreateUserRequest)(nil),       // 79: atoll.v1.CreateUserRequest
+	(*ListUsersRequest)(nil),        // 80: atoll.v1.ListUsersRequest
+	(*ListUsersResponse)(nil),       // 81: atoll.v1.ListUsersResponse
+	(*UpdateUserRequest)(nil),       // 82: atoll.v1.UpdateUserRequest
+	(*AuthenticateRequest)(nil),     // 83: atoll.v1.AuthenticateRequest
+	(*DeleteUserRequest)(nil),       // 84: atoll.v1.DeleteUserRequest
+	(*DeleteUserResponse)(nil),      // 85: atoll.v1.DeleteUserResponse
+	(*Task)(nil),                    // 86: atoll.v1.Task
+	(*ListTasksRequest)(nil),        // 87: atoll.v1.ListTasksRequest
+	(*ListTasksResponse)(nil),       // 88: atoll.v1.ListTasksResponse
+	(*GetTaskRequest)(nil),          // 89: atoll.v1.GetTaskRequest
+	(*CancelTaskRequest)(nil),       // 90: atoll.v1.CancelTaskRequest
+	(*InjectRequest)(nil),           // 91: atoll.v1.InjectRequest
+	(*InjectResponse)(nil),          // 92: atoll.v1.InjectResponse
+	(*AddNodeRequest)(nil),          // 93: atoll.v1.AddNodeRequest
+	(*AddNodeResponse)(nil),         // 94: atoll.v1.AddNodeResponse
+	nil,                             // 95: atoll.v1.Volume.PropertiesEntry
+	nil,                             // 96: atoll.v1.CreateVolumeRequest.PropertiesEntry
+	nil,                             // 97: atoll.v1.Version.PropertiesEntry
+	nil,                             // 98: atoll.v1.CreateVersionRequest.PropertiesEntry
+	nil,                             // 99: atoll.v1.CloneVersionRequest.PropertiesEntry
+	nil,                             // 100: atoll.v1.CommitImportRequest.PropertiesEntry
+	nil,                             // 101: atoll.v1.Entry.PropertiesEntry
+	nil,                             // 102: atoll.v1.SetPropertiesRequest.PropertiesEntry
+	(*timestamppb.Timestamp)(nil),   // 103: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),     // 104: google.protobuf.Duration
 }
 var file_atoll_proto_depIdxs = []int32{
-	4,   // 0: atoll.v1.GetStatusResponse.processes:type_name -> atoll.v1.Process
-	101, // 1: atoll.v1.GetStatusResponse.now:type_name -> google.protobuf.Timestamp
-	3,   // 2: atoll.v1.GetStatusResponse.kept:type_name -> atoll.v1.KeptMedium
-	101, // 3: atoll.v1.Process.started:type_name -> google.protobuf.Timestamp
-	7,   // 4: atoll.v1.ListNodesResponse.nodes:type_name -> atoll.v1.Node
-	102, // 5: atoll.v1.Node.append_p99:type_name -> google.protobuf.Duration
-	10,  // 6: atoll.v1.GetConfigResponse.settings:type_name -> atoll.v1.Setting
-	13,  // 7: atoll.v1.DiagnoseResponse.findings:type_name -> atoll.v1.Finding
-	102, // 8: atoll.v1.CreateTokenRequest.ttl:type_name -> google.protobuf.Duration
-	101, // 9: atoll.v1.CreateTokenResponse.expires:type_name -> google.protobuf.Timestamp
-	101, // 10: atoll.v1.Volume.created:type_name -> google.protobuf.Timestamp
-	93,  // 11: atoll.v1.Volume.properties:type_name -> atoll.v1.Volume.PropertiesEntry
-	66,  // 12: atoll.v1.Volume.limits:type_name -> atoll.v1.Limits
-	101, // 13: atoll.v1.Volume.expires:type_name -> google.protobuf.Timestamp
-	94,  // 14: atoll.v1.CreateVolumeRequest.properties:type_name -> atoll.v1.CreateVolumeRequest.PropertiesEntry
-	66,  // 15: atoll.v1.CreateVolumeRequest.limits:type_name -> atoll.v1.Limits
-	18,  // 16: atoll.v1.ListVolumesResponse.volumes:type_name -> atoll.v1.Volume
-	101, // 17: atoll.v1.DeleteVolumeResponse.expires:type_name -> google.protobuf.Timestamp
-	101, // 18: atoll.v1.Version.time:type_name -> google.protobuf.Timestamp
-	95,  // 19: atoll.v1.Version.properties:type_name -> atoll.v1.Version.PropertiesEntry
-	96,  // 20: atoll.v1.CreateVersionRequest.properties:type_name -> atoll.v1.CreateVersionRequest.PropertiesEntry
-	28,  // 21: atoll.v1.CreateVersionResponse.versions:type_name -> atoll.v1.Version
-	28,  // 22: atoll.v1.ListVersionsResponse.versions:type_name -> atoll.v1.Version
-	28,  // 23: atoll.v1.RestoreVersionResponse.version:type_name -> atoll.v1.Version
-	28,  // 24: atoll.v1.RestoreVersionResponse.saved:type_name -> atoll.v1.Version
-	97,  // 25: atoll.v1.CloneVersionRequest.properties:type_name -> atoll.v1.CloneVersionRequest.PropertiesEntry
-	43,  // 26: atoll.v1.ListChildrenResponse.children:type_name -> atoll.v1.Child
-	46,  // 27: atoll.v1.DiffResponse.extents:type_name -> atoll.v1.Extent
-	98,  // 28: atoll.v1.CommitImportRequest.properties:type_name -> atoll.v1.CommitImportRequest.PropertiesEntry
-	101, // 29: atoll.v1.Entry.created:type_name -> google.protobuf.Timestamp
-	99,  // 30: atoll.v1.Entry.properties:type_name -> atoll.v1.Entry.PropertiesEntry
-	56,  // 31: atoll.v1.ListDirectoryResponse.entries:type_name -> atoll.v1.Entry
-	100, // 32: atoll.v1.SetPropertiesRequest.properties:type_name -> atoll.v1.SetPropertiesRequest.PropertiesEntry
-	67,  // 33: atoll.v1.Limits.iops:type_name -> atoll.v1.Limit
-	67,  // 34: atoll.v1.Limits.read_iops:type_name -> atoll.v1.Limit
-	67,  // 35: atoll.v1.Limits.write_iops:type_name -> atoll.v1.Limit
-	67,  // 36: atoll.v1.Limits.bytes:type_name -> atoll.v1.Limit
-	67,  // 37: atoll.v1.Limits.read_bytes:type_name -> atoll.v1.Limit
-	67,  // 38: atoll.v1.Limits.write_bytes:type_name -> atoll.v1.Limit
-	66,  // 39: atoll.v1.SetLimitsRequest.limits:type_name -> atoll.v1.Limits
-	101, // 40: atoll.v1.TrashEntry.removed:type_name -> google.protobuf.Timestamp
-	101, // 41: atoll.v1.TrashEntry.expires:type_name -> google.protobuf.Timestamp
-	101, // 42: atoll.v1.TrashEntry.created:type_name -> google.protobuf.Timestamp
-	101, // 43: atoll.v1.MoveToTrashRequest.expires:type_name -> google.protobuf.Timestamp
-	69,  // 44: atoll.v1.ListTrashResponse.entries:type_name -> atoll.v1.TrashEntry
-	101, // 45: atoll.v1.PurgeTrashRequest.expired_before:type_name -> google.protobuf.Timestamp
-	101, // 46: atoll.v1.User.created:type_name -> google.protobuf.Timestamp
-	76,  // 47: atoll.v1.ListUsersResponse.users:type_name -> atoll.v1.User
-	101, // 48: atoll.v1.Task.started:type_name -> google.protobuf.Timestamp
-	101, // 49: atoll.v1.Task.ended:type_name -> google.protobuf.Timestamp
-	84,  // 50: atoll.v1.ListTasksResponse.tasks:type_name -> atoll.v1.Task
-	102, // 51: atoll.v1.InjectRequest.delay:type_name -> google.protobuf.Duration
-	1,   // 52: atoll.v1.ClusterService.GetStatus:input_type -> atoll.v1.GetStatusRequest
-	5,   // 53: atoll.v1.ClusterService.ListNodes:input_type -> atoll.v1.ListNodesRequest
-	8,   // 54: atoll.v1.ClusterService.GetConfig:input_type -> atoll.v1.GetConfigRequest
-	11,  // 55: atoll.v1.ClusterService.Diagnose:input_type -> atoll.v1.DiagnoseRequest
-	14,  // 56: atoll.v1.ClusterService.CreateToken:input_type -> atoll.v1.CreateTokenRequest
-	16,  // 57: atoll.v1.ClusterService.Join:input_type -> atoll.v1.JoinRequest
-	19,  // 58: atoll.v1.VolumeService.CreateVolume:input_type -> atoll.v1.CreateVolumeRequest
-	20,  // 59: atoll.v1.VolumeService.ListVolumes:input_type -> atoll.v1.ListVolumesRequest
-	22,  // 60: atoll.v1.VolumeService.GetVolume:input_type -> atoll.v1.GetVolumeRequest
-	23,  // 61: atoll.v1.VolumeService.ResizeVolume:input_type -> atoll.v1.ResizeVolumeRequest
-	24,  // 62: atoll.v1.VolumeService.DeleteVolume:input_type -> atoll.v1.DeleteVolumeRequest
-	26,  // 63: atoll.v1.VolumeService.CheckVolume:input_type -> atoll.v1.CheckVolumeRequest
-	29,  // 64: atoll.v1.VersionService.CreateVersion:input_type -> atoll.v1.CreateVersionRequest
-	31,  // 65: atoll.v1.VersionService.ListVersions:input_type -> atoll.v1.ListVersionsRequest
-	33,  // 66: atoll.v1.VersionService.UpdateVersion:input_type -> atoll.v1.UpdateVersionRequest
-	34,  // 67: atoll.v1.VersionService.DeleteVersion:input_type -> atoll.v1.DeleteVersionRequest
-	36,  // 68: atoll.v1.VersionService.ReleaseVersion:input_type -> atoll.v1.ReleaseVersionRequest
-	37,  // 69: atoll.v1.VersionService.RestoreVersion:input_type -> atoll.v1.RestoreVersionRequest
-	39,  // 70: atoll.v1.VersionService.CloneVersion:input_type -> atoll.v1.CloneVersionRequest
-	40,  // 71: atoll.v1.VersionService.Flatten:input_type -> atoll.v1.FlattenRequest
-	41,  // 72: atoll.v1.VersionService.ListChildren:input_type -> atoll.v1.ListChildrenRequest
-	44,  // 73: atoll.v1.VersionService.Diff:input_type -> atoll.v1.DiffRequest
-	47,  // 74: atoll.v1.VersionService.SetSchedule:input_type -> atoll.v1.SetScheduleRequest
-	49,  // 75: atoll.v1.VersionService.BeginImport:input_type -> atoll.v1.BeginImportRequest
-	51,  // 76: atoll.v1.VersionService.CommitImport:input_type -> atoll.v1.CommitImportRequest
-	52,  // 77: atoll.v1.VersionService.AbortImport:input_type -> atoll.v1.AbortImportRequest
-	54,  // 78: atoll.v1.VersionService.KeepImport:input_type -> atoll.v1.KeepImportRequest
-	57,  // 79: atoll.v1.NamespaceService.MakeDirectory:input_type -> atoll.v1.MakeDirectoryRequest
-	58,  // 80: atoll.v1.NamespaceService.RemoveDirectory:input_type -> atoll.v1.RemoveDirectoryRequest
-	60,  // 81: atoll.v1.NamespaceService.ListDirectory:input_type -> atoll.v1.ListDirectoryRequest
-	62,  // 82: atoll.v1.NamespaceService.GetEntry:input_type -> atoll.v1.GetEntryRequest
-	63,  // 83: atoll.v1.NamespaceService.Rename:input_type -> atoll.v1.RenameRequest
-	64,  // 84: atoll.v1.NamespaceService.ChangeOwner:input_type -> atoll.v1.ChangeOwnerRequest
-	65,  // 85: atoll.v1.NamespaceService.SetProperties:input_type -> atoll.v1.SetPropertiesRequest
-	68,  // 86: atoll.v1.NamespaceService.SetLimits:input_type -> atoll.v1.SetLimitsRequest
-	70,  // 87: atoll.v1.TrashService.MoveToTrash:input_type -> atoll.v1.MoveToTrashRequest
-	71,  // 88: atoll.v1.TrashService.ListTrash:input_type -> atoll.v1.ListTrashRequest
-	73,  // 89: atoll.v1.TrashService.RestoreTrash:input_type -> atoll.v1.RestoreTrashRequest
-	74,  // 90: atoll.v1.TrashService.PurgeTrash:input_type -> atoll.v1.PurgeTrashRequest
-	77,  // 91: atoll.v1.UserService.CreateUser:input_type -> atoll.v1.CreateUserRequest
-	78,  // 92: atoll.v1.UserService.ListUsers:input_type -> atoll.v1.ListUsersRequest
-	80,  // 93: atoll.v1.UserService.UpdateUser:input_type -> atoll.v1.UpdateUserRequest
-	82,  // 94: atoll.v1.UserService.DeleteUser:input_type -> atoll.v1.DeleteUserRequest
-	81,  // 95: atoll.v1.UserService.Authenticate:input_type -> atoll.v1.AuthenticateRequest
-	85,  // 96: atoll.v1.TaskService.ListTasks:input_type -> atoll.v1.ListTasksRequest
-	87,  // 97: atoll.v1.TaskService.GetTask:input_type -> atoll.v1.GetTaskRequest
-	88,  // 98: atoll.v1.TaskService.CancelTask:input_type -> atoll.v1.CancelTaskRequest
-	89,  // 99: atoll.v1.DemoService.Inject:input_type -> atoll.v1.InjectRequest
-	91,  // 100: atoll.v1.DemoService.AddNode:input_type -> atoll.v1.AddNodeRequest
-	2,   // 101: atoll.v1.ClusterService.GetStatus:output_type -> atoll.v1.GetStatusResponse
-	6,   // 102: atoll.v1.ClusterService.ListNodes:output_type -> atoll.v1.ListNodesResponse
-	9,   // 103: atoll.v1.ClusterService.GetConfig:output_type -> atoll.v1.GetConfigResponse
-	12,  // 104: atoll.v1.ClusterService.Diagnose:output_type -> atoll.v1.DiagnoseResponse
-	15,  // 105: atoll.v1.ClusterService.CreateToken:output_type -> atoll.v1.CreateTokenResponse
-	17,  // 106: atoll.v1.ClusterService.Join:output_type -> atoll.v1.JoinResponse
-	18,  // 107: atoll.v1.VolumeService.CreateVolume:output_type -> atoll.v1.Volume
-	21,  // 108: atoll.v1.VolumeService.ListVolumes:output_type -> atoll.v1.ListVolumesResponse
-	18,  // 109: atoll.v1.VolumeService.GetVolume:output_type -> atoll.v1.Volume
-	18,  // 110: atoll.v1.VolumeService.ResizeVolume:output_type -> atoll.v1.Volume
-	25,  // 111: atoll.v1.VolumeService.DeleteVolume:output_type -> atoll.v1.DeleteVolumeResponse
-	27,  // 112: atoll.v1.VolumeService.CheckVolume:output_type -> atoll.v1.CheckVolumeResponse
-	30,  // 113: atoll.v1.VersionService.CreateVersion:output_type -> atoll.v1.CreateVersionResponse
-	32,  // 114: atoll.v1.VersionService.ListVersions:output_type -> atoll.v1.ListVersionsResponse
-	28,  // 115: atoll.v1.VersionService.UpdateVersion:output_type -> atoll.v1.Version
-	35,  // 116: atoll.v1.VersionService.DeleteVersion:output_type -> atoll.v1.DeleteVersionResponse
-	28,  // 117: atoll.v1.VersionService.ReleaseVersion:output_type -> atoll.v1.Version
-	38,  // 118: atoll.v1.VersionService.RestoreVersion:output_type -> atoll.v1.RestoreVersionResponse
-	18,  // 119: atoll.v1.VersionService.CloneVersion:output_type -> atoll.v1.Volume
-	84,  // 120: atoll.v1.VersionService.Flatten:output_type -> atoll.v1.Task
-	42,  // 121: atoll.v1.VersionService.ListChildren:output_type -> atoll.v1.ListChildrenResponse
-	45,  // 122: atoll.v1.VersionService.Diff:output_type -> atoll.v1.DiffResponse
-	48,  // 123: atoll.v1.VersionService.SetSchedule:output_type -> atoll.v1.SetScheduleResponse
-	50,  // 124: atoll.v1.VersionService.BeginImport:output_type -> atoll.v1.BeginImportResponse
-	28,  // 125: atoll.v1.VersionService.CommitImport:output_type -> atoll.v1.Version
-	53,  // 126: atoll.v1.VersionService.AbortImport:output_type -> atoll.v1.AbortImportResponse
-	55,  // 127: atoll.v1.VersionService.KeepImport:output_type -> atoll.v1.KeepImportResponse
-	56,  // 128: atoll.v1.NamespaceService.MakeDirectory:output_type -> atoll.v1.Entry
-	59,  // 129: atoll.v1.NamespaceService.RemoveDirectory:output_type -> atoll.v1.RemoveDirectoryResponse
-	61,  // 130: atoll.v1.NamespaceService.ListDirectory:output_type -> atoll.v1.ListDirectoryResponse
-	56,  // 131: atoll.v1.NamespaceService.GetEntry:output_type -> atoll.v1.Entry
-	56,  // 132: atoll.v1.NamespaceService.Rename:output_type -> atoll.v1.Entry
-	56,  // 133: atoll.v1.NamespaceService.ChangeOwner:output_type -> atoll.v1.Entry
-	56,  // 134: atoll.v1.NamespaceService.SetProperties:output_type -> atoll.v1.Entry
-	66,  // 135: atoll.v1.NamespaceService.SetLimits:output_type -> atoll.v1.Limits
-	69,  // 136: atoll.v1.TrashService.MoveToTrash:output_type -> atoll.v1.TrashEntry
-	72,  // 137: atoll.v1.TrashService.ListTrash:output_type -> atoll.v1.ListTrashResponse
-	56,  // 138: atoll.v1.TrashService.RestoreTrash:output_type -> atoll.v1.Entry
-	75,  // 139: atoll.v1.TrashService.PurgeTrash:output_type -> atoll.v1.PurgeTrashResponse
-	76,  // 140: atoll.v1.UserService.CreateUser:output_type -> atoll.v1.User
-	79,  // 141: atoll.v1.UserService.ListUsers:output_type -> atoll.v1.ListUsersResponse
-	76,  // 142: atoll.v1.UserService.UpdateUser:output_type -> atoll.v1.User
-	83,  // 143: atoll.v1.UserService.DeleteUser:output_type -> atoll.v1.DeleteUserResponse
-	76,  // 144: atoll.v1.UserService.Authenticate:output_type -> atoll.v1.User
-	86,  // 145: atoll.v1.TaskService.ListTasks:output_type -> atoll.v1.ListTasksResponse
-	84,  // 146: atoll.v1.TaskService.GetTask:output_type -> atoll.v1.Task
-	84,  // 147: atoll.v1.TaskService.CancelTask:output_type -> atoll.v1.Task
-	90,  // 148: atoll.v1.DemoService.Inject:output_type -> atoll.v1.InjectResponse
-	92,  // 149: atoll.v1.DemoService.AddNode:output_type -> atoll.v1.AddNodeResponse
-	101, // [101:150] is the sub-list for method output_type
-	52,  // [52:101] is the sub-list for method input_type
-	52,  // [52:52] is the sub-list for extension type_name
-	52,  // [52:52] is the sub-list for extension extendee
-	0,   // [0:52] is the sub-list for field type_name
+	5,   // 0: atoll.v1.GetStatusResponse.processes:type_name -> atoll.v1.Process
+	103, // 1: atoll.v1.GetStatusResponse.now:type_name -> google.protobuf.Timestamp
+	3,   // 2: atoll.v1.GetStatusResponse.repair:type_name -> atoll.v1.Repair
+	4,   // 3: atoll.v1.GetStatusResponse.kept:type_name -> atoll.v1.KeptMedium
+	104, // 4: atoll.v1.Repair.left:type_name -> google.protobuf.Duration
+	103, // 5: atoll.v1.Process.started:type_name -> google.protobuf.Timestamp
+	8,   // 6: atoll.v1.ListNodesResponse.nodes:type_name -> atoll.v1.Node
+	104, // 7: atoll.v1.Node.append_p99:type_name -> google.protobuf.Duration
+	103, // 8: atoll.v1.Node.down_since:type_name -> google.protobuf.Timestamp
+	12,  // 9: atoll.v1.GetConfigResponse.settings:type_name -> atoll.v1.Setting
+	15,  // 10: atoll.v1.DiagnoseResponse.findings:type_name -> atoll.v1.Finding
+	104, // 11: atoll.v1.CreateTokenRequest.ttl:type_name -> google.protobuf.Duration
+	103, // 12: atoll.v1.CreateTokenResponse.expires:type_name -> google.protobuf.Timestamp
+	103, // 13: atoll.v1.Volume.created:type_name -> google.protobuf.Timestamp
+	95,  // 14: atoll.v1.Volume.properties:type_name -> atoll.v1.Volume.PropertiesEntry
+	68,  // 15: atoll.v1.Volume.limits:type_name -> atoll.v1.Limits
+	103, // 16: atoll.v1.Volume.expires:type_name -> google.protobuf.Timestamp
+	96,  // 17: atoll.v1.CreateVolumeRequest.properties:type_name -> atoll.v1.CreateVolumeRequest.PropertiesEntry
+	68,  // 18: atoll.v1.CreateVolumeRequest.limits:type_name -> atoll.v1.Limits
+	20,  // 19: atoll.v1.ListVolumesResponse.volumes:type_name -> atoll.v1.Volume
+	103, // 20: atoll.v1.DeleteVolumeResponse.expires:type_name -> google.protobuf.Timestamp
+	103, // 21: atoll.v1.Version.time:type_name -> google.protobuf.Timestamp
+	97,  // 22: atoll.v1.Version.properties:type_name -> atoll.v1.Version.PropertiesEntry
+	98,  // 23: atoll.v1.CreateVersionRequest.properties:type_name -> atoll.v1.CreateVersionRequest.PropertiesEntry
+	30,  // 24: atoll.v1.CreateVersionResponse.versions:type_name -> atoll.v1.Version
+	30,  // 25: atoll.v1.ListVersionsResponse.versions:type_name -> atoll.v1.Version
+	30,  // 26: atoll.v1.RestoreVersionResponse.version:type_name -> atoll.v1.Version
+	30,  // 27: atoll.v1.RestoreVersionResponse.saved:type_name -> atoll.v1.Version
+	99,  // 28: atoll.v1.CloneVersionRequest.properties:type_name -> atoll.v1.CloneVersionRequest.PropertiesEntry
+	45,  // 29: atoll.v1.ListChildrenResponse.children:type_name -> atoll.v1.Child
+	48,  // 30: atoll.v1.DiffResponse.extents:type_name -> atoll.v1.Extent
+	100, // 31: atoll.v1.CommitImportRequest.properties:type_name -> atoll.v1.CommitImportRequest.PropertiesEntry
+	103, // 32: atoll.v1.Entry.created:type_name -> google.protobuf.Timestamp
+	101, // 33: atoll.v1.Entry.properties:type_name -> atoll.v1.Entry.PropertiesEntry
+	58,  // 34: atoll.v1.ListDirectoryResponse.entries:type_name -> atoll.v1.Entry
+	102, // 35: atoll.v1.SetPropertiesRequest.properties:type_name -> atoll.v1.SetPropertiesRequest.PropertiesEntry
+	69,  // 36: atoll.v1.Limits.iops:type_name -> atoll.v1.Limit
+	69,  // 37: atoll.v1.Limits.read_iops:type_name -> atoll.v1.Limit
+	69,  // 38: atoll.v1.Limits.write_iops:type_name -> atoll.v1.Limit
+	69,  // 39: atoll.v1.Limits.bytes:type_name -> atoll.v1.Limit
+	69,  // 40: atoll.v1.Limits.read_bytes:type_name -> atoll.v1.Limit
+	69,  // 41: atoll.v1.Limits.write_bytes:type_name -> atoll.v1.Limit
+	68,  // 42: atoll.v1.SetLimitsRequest.limits:type_name -> atoll.v1.Limits
+	103, // 43: atoll.v1.TrashEntry.removed:type_name -> google.protobuf.Timestamp
+	103, // 44: atoll.v1.TrashEntry.expires:type_name -> google.protobuf.Timestamp
+	103, // 45: atoll.v1.TrashEntry.created:type_name -> google.protobuf.Timestamp
+	103, // 46: atoll.v1.MoveToTrashRequest.expires:type_name -> google.protobuf.Timestamp
+	71,  // 47: atoll.v1.ListTrashResponse.entries:type_name -> atoll.v1.TrashEntry
+	103, // 48: atoll.v1.PurgeTrashRequest.expired_before:type_name -> google.protobuf.Timestamp
+	103, // 49: atoll.v1.User.created:type_name -> google.protobuf.Timestamp
+	78,  // 50: atoll.v1.ListUsersResponse.users:type_name -> atoll.v1.User
+	103, // 51: atoll.v1.Task.started:type_name -> google.protobuf.Timestamp
+	103, // 52: atoll.v1.Task.ended:type_name -> google.protobuf.Timestamp
+	86,  // 53: atoll.v1.ListTasksResponse.tasks:type_name -> atoll.v1.Task
+	104, // 54: atoll.v1.InjectRequest.delay:type_name -> google.protobuf.Duration
+	1,   // 55: atoll.v1.ClusterService.GetStatus:input_type -> atoll.v1.GetStatusRequest
+	6,   // 56: atoll.v1.ClusterService.ListNodes:input_type -> atoll.v1.ListNodesRequest
+	9,   // 57: atoll.v1.ClusterService.SetNode:input_type -> atoll.v1.SetNodeRequest
+	10,  // 58: atoll.v1.ClusterService.GetConfig:input_type -> atoll.v1.GetConfigRequest
+	13,  // 59: atoll.v1.ClusterService.Diagnose:input_type -> atoll.v1.DiagnoseRequest
+	16,  // 60: atoll.v1.ClusterService.CreateToken:input_type -> atoll.v1.CreateTokenRequest
+	18,  // 61: atoll.v1.ClusterService.Join:input_type -> atoll.v1.JoinRequest
+	21,  // 62: atoll.v1.VolumeService.CreateVolume:input_type -> atoll.v1.CreateVolumeRequest
+	22,  // 63: atoll.v1.VolumeService.ListVolumes:input_type -> atoll.v1.ListVolumesRequest
+	24,  // 64: atoll.v1.VolumeService.GetVolume:input_type -> atoll.v1.GetVolumeRequest
+	25,  // 65: atoll.v1.VolumeService.ResizeVolume:input_type -> atoll.v1.ResizeVolumeRequest
+	26,  // 66: atoll.v1.VolumeService.DeleteVolume:input_type -> atoll.v1.DeleteVolumeRequest
+	28,  // 67: atoll.v1.VolumeService.CheckVolume:input_type -> atoll.v1.CheckVolumeRequest
+	31,  // 68: atoll.v1.VersionService.CreateVersion:input_type -> atoll.v1.CreateVersionRequest
+	33,  // 69: atoll.v1.VersionService.ListVersions:input_type -> atoll.v1.ListVersionsRequest
+	35,  // 70: atoll.v1.VersionService.UpdateVersion:input_type -> atoll.v1.UpdateVersionRequest
+	36,  // 71: atoll.v1.VersionService.DeleteVersion:input_type -> atoll.v1.DeleteVersionRequest
+	38,  // 72: atoll.v1.VersionService.ReleaseVersion:input_type -> atoll.v1.ReleaseVersionRequest
+	39,  // 73: atoll.v1.VersionService.RestoreVersion:input_type -> atoll.v1.RestoreVersionRequest
+	41,  // 74: atoll.v1.VersionService.CloneVersion:input_type -> atoll.v1.CloneVersionRequest
+	42,  // 75: atoll.v1.VersionService.Flatten:input_type -> atoll.v1.FlattenRequest
+	43,  // 76: atoll.v1.VersionService.ListChildren:input_type -> atoll.v1.ListChildrenRequest
+	46,  // 77: atoll.v1.VersionService.Diff:input_type -> atoll.v1.DiffRequest
+	49,  // 78: atoll.v1.VersionService.SetSchedule:input_type -> atoll.v1.SetScheduleRequest
+	51,  // 79: atoll.v1.VersionService.BeginImport:input_type -> atoll.v1.BeginImportRequest
+	53,  // 80: atoll.v1.VersionService.CommitImport:input_type -> atoll.v1.CommitImportRequest
+	54,  // 81: atoll.v1.VersionService.AbortImport:input_type -> atoll.v1.AbortImportRequest
+	56,  // 82: atoll.v1.VersionService.KeepImport:input_type -> atoll.v1.KeepImportRequest
+	59,  // 83: atoll.v1.NamespaceService.MakeDirectory:input_type -> atoll.v1.MakeDirectoryRequest
+	60,  // 84: atoll.v1.NamespaceService.RemoveDirectory:input_type -> atoll.v1.RemoveDirectoryRequest
+	62,  // 85: atoll.v1.NamespaceService.ListDirectory:input_type -> atoll.v1.ListDirectoryRequest
+	64,  // 86: atoll.v1.NamespaceService.GetEntry:input_type -> atoll.v1.GetEntryRequest
+	65,  // 87: atoll.v1.NamespaceService.Rename:input_type -> atoll.v1.RenameRequest
+	66,  // 88: atoll.v1.NamespaceService.ChangeOwner:input_type -> atoll.v1.ChangeOwnerRequest
+	67,  // 89: atoll.v1.NamespaceService.SetProperties:input_type -> atoll.v1.SetPropertiesRequest
+	70,  // 90: atoll.v1.NamespaceService.SetLimits:input_type -> atoll.v1.SetLimitsRequest
+	72,  // 91: atoll.v1.TrashService.MoveToTrash:input_type -> atoll.v1.MoveToTrashRequest
+	73,  // 92: atoll.v1.TrashService.ListTrash:input_type -> atoll.v1.ListTrashRequest
+	75,  // 93: atoll.v1.TrashService.RestoreTrash:input_type -> atoll.v1.RestoreTrashRequest
+	76,  // 94: atoll.v1.TrashService.PurgeTrash:input_type -> atoll.v1.PurgeTrashRequest
+	79,  // 95: atoll.v1.UserService.CreateUser:input_type -> atoll.v1.CreateUserRequest
+	80,  // 96: atoll.v1.UserService.ListUsers:input_type -> atoll.v1.ListUsersRequest
+	82,  // 97: atoll.v1.UserService.UpdateUser:input_type -> atoll.v1.UpdateUserRequest
+	84,  // 98: atoll.v1.UserService.DeleteUser:input_type -> atoll.v1.DeleteUserRequest
+	83,  // 99: atoll.v1.UserService.Authenticate:input_type -> atoll.v1.AuthenticateRequest
+	87,  // 100: atoll.v1.TaskService.ListTasks:input_type -> atoll.v1.ListTasksRequest
+	89,  // 101: atoll.v1.TaskService.GetTask:input_type -> atoll.v1.GetTaskRequest
+	90,  // 102: atoll.v1.TaskService.CancelTask:input_type -> atoll.v1.CancelTaskRequest
+	91,  // 103: atoll.v1.DemoService.Inject:input_type -> atoll.v1.InjectRequest
+	93,  // 104: atoll.v1.DemoService.AddNode:input_type -> atoll.v1.AddNodeRequest
+	2,   // 105: atoll.v1.ClusterService.GetStatus:output_type -> atoll.v1.GetStatusResponse
+	7,   // 106: atoll.v1.ClusterService.ListNodes:output_type -> atoll.v1.ListNodesResponse
+	8,   // 107: atoll.v1.ClusterService.SetNode:output_type -> atoll.v1.Node
+	11,  // 108: atoll.v1.ClusterService.GetConfig:output_type -> atoll.v1.GetConfigResponse
+	14,  // 109: atoll.v1.ClusterService.Diagnose:output_type -> atoll.v1.DiagnoseResponse
+	17,  // 110: atoll.v1.ClusterService.CreateToken:output_type -> atoll.v1.CreateTokenResponse
+	19,  // 111: atoll.v1.ClusterService.Join:output_type -> atoll.v1.JoinResponse
+	20,  // 112: atoll.v1.VolumeService.CreateVolume:output_type -> atoll.v1.Volume
+	23,  // 113: atoll.v1.VolumeService.ListVolumes:output_type -> atoll.v1.ListVolumesResponse
+	20,  // 114: atoll.v1.VolumeService.GetVolume:output_type -> atoll.v1.Volume
+	20,  // 115: atoll.v1.VolumeService.ResizeVolume:output_type -> atoll.v1.Volume
+	27,  // 116: atoll.v1.VolumeService.DeleteVolume:output_type -> atoll.v1.DeleteVolumeResponse
+	29,  // 117: atoll.v1.VolumeService.CheckVolume:output_type -> atoll.v1.CheckVolumeResponse
+	32,  // 118: atoll.v1.VersionService.CreateVersion:output_type -> atoll.v1.CreateVersionResponse
+	34,  // 119: atoll.v1.VersionService.ListVersions:output_type -> atoll.v1.ListVersionsResponse
+	30,  // 120: atoll.v1.VersionService.UpdateVersion:output_type -> atoll.v1.Version
+	37,  // 121: atoll.v1.VersionService.DeleteVersion:output_type -> atoll.v1.DeleteVersionResponse
+	30,  // 122: atoll.v1.VersionService.ReleaseVersion:output_type -> atoll.v1.Version
+	40,  // 123: atoll.v1.VersionService.RestoreVersion:output_type -> atoll.v1.RestoreVersionResponse
+	20,  // 124: atoll.v1.VersionService.CloneVersion:output_type -> atoll.v1.Volume
+	86,  // 125: atoll.v1.VersionService.Flatten:output_type -> atoll.v1.Task
+	44,  // 126: atoll.v1.VersionService.ListChildren:output_type -> atoll.v1.ListChildrenResponse
+	47,  // 127: atoll.v1.VersionService.Diff:output_type -> atoll.v1.DiffResponse
+	50,  // 128: atoll.v1.VersionService.SetSchedule:output_type -> atoll.v1.SetScheduleResponse
+	52,  // 129: atoll.v1.VersionService.BeginImport:output_type -> atoll.v1.BeginImportResponse
+	30,  // 130: atoll.v1.VersionService.CommitImport:output_type -> atoll.v1.Version
+	55,  // 131: atoll.v1.VersionService.AbortImport:output_type -> atoll.v1.AbortImportResponse
+	57,  // 132: atoll.v1.VersionService.KeepImport:output_type -> atoll.v1.KeepImportResponse
+	58,  // 133: atoll.v1.NamespaceService.MakeDirectory:output_type -> atoll.v1.Entry
+	61,  // 134: atoll.v1.NamespaceService.RemoveDirectory:output_type -> atoll.v1.RemoveDirectoryResponse
+	63,  // 135: atoll.v1.NamespaceService.ListDirectory:output_type -> atoll.v1.ListDirectoryResponse
+	58,  // 136: atoll.v1.NamespaceService.GetEntry:output_type -> atoll.v1.Entry
+	58,  // 137: atoll.v1.NamespaceService.Rename:output_type -> atoll.v1.Entry
+	58,  // 138: atoll.v1.NamespaceService.ChangeOwner:output_type -> atoll.v1.Entry
+	58,  // 139: atoll.v1.NamespaceService.SetProperties:output_type -> atoll.v1.Entry
+	68,  // 140: atoll.v1.NamespaceService.SetLimits:output_type -> atoll.v1.Limits
+	71,  // 141: atoll.v1.TrashService.MoveToTrash:output_type -> atoll.v1.TrashEntry
+	74,  // 142: atoll.v1.TrashService.ListTrash:output_type -> atoll.v1.ListTrashResponse
+	58,  // 143: atoll.v1.TrashService.RestoreTrash:output_type -> atoll.v1.Entry
+	77,  // 144: atoll.v1.TrashService.PurgeTrash:output_type -> atoll.v1.PurgeTrashResponse
+	78,  // 145: atoll.v1.UserService.CreateUser:output_type -> atoll.v1.User
+	81,  // 146: atoll.v1.UserService.ListUsers:output_type -> atoll.v1.ListUsersResponse
+	78,  // 147: atoll.v1.UserService.UpdateUser:output_type -> atoll.v1.User
+	85,  // 148: atoll.v1.UserService.DeleteUser:output_type -> atoll.v1.DeleteUserResponse
+	78,  // 149: atoll.v1.UserService.Authenticate:output_type -> atoll.v1.User
+	88,  // 150: atoll.v1.TaskService.ListTasks:output_type -> atoll.v1.ListTasksResponse
+	86,  // 151: atoll.v1.TaskService.GetTask:output_type -> atoll.v1.Task
+	86,  // 152: atoll.v1.TaskService.CancelTask:output_type -> atoll.v1.Task
+	92,  // 153: atoll.v1.DemoService.Inject:output_type -> atoll.v1.InjectResponse
+	94,  // 154: atoll.v1.DemoService.AddNode:output_type -> atoll.v1.AddNodeResponse
+	105, // [105:155] is the sub-list for method output_type
+	55,  // [55:105] is the sub-list for method input_type
+	55,  // [55:55] is the sub-list for extension type_name
+	55,  // [55:55] is the sub-list for extension extendee
+	0,   // [0:55] is the sub-list for field type_name
 }
 
 func init() { file_atoll_proto_init() }
@@ -6874,16 +7150,16 @@ func file_atoll_proto_init() {
 	if File_atoll_proto != nil {
 		return
 	}
-	file_atoll_proto_msgTypes[18].OneofWrappers = []any{}
-	file_atoll_proto_msgTypes[33].OneofWrappers = []any{}
-	file_atoll_proto_msgTypes[80].OneofWrappers = []any{}
+	file_atoll_proto_msgTypes[20].OneofWrappers = []any{}
+	file_atoll_proto_msgTypes[35].OneofWrappers = []any{}
+	file_atoll_proto_msgTypes[82].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_atoll_proto_rawDesc), len(file_atoll_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   101,
+			NumMessages:   103,
 			NumExtensions: 0,
 			NumServices:   8,
 		},
