@@ -18,7 +18,9 @@
 //	    staying member holds each segment that any of them or a living leaving
 //	    member holds, sealed at one length, and the node does, too. So no copy is
 //	    outstanding that an owner lists as unverified, but on the node that
-//	    leaves; owners drop it from their lists when it is no member.
+//	    leaves; owners drop it from their lists when it is no member. Segments
+//	    that their head lists as dropped, or whose medium is being deleted, do
+//	    not count: nobody will read them.
 //	H3  What a node does not list, or a node that does not answer, is evidence of
 //	    nothing. A staying member that does not answer holds the move up.
 //	H4  A copy counts when it was read back, by this process, since it started.

@@ -114,10 +114,10 @@ func (w *worker) pass(ctx context.Context, st *catalog.State, sets []catalog.Cop
 	verdicts := make([]verdict, len(sets))
 	var jobs []job
 	var waiting []atoll.SegmentID
-	ignored := map[atoll.MediumID]bool{}
+	known := lookup{}
 	for i, set := range sets {
 		v := judge(set, w.id, lists, w.verified, func(id atoll.NodeID) bool { return lives(st, id) })
-		v.waiting = slices.DeleteFunc(v.waiting, func(s atoll.SegmentID) bool { return w.ignore(ctx, ignored, s.Medium) })
+		v.waiting = slices.DeleteFunc(v.waiting, func(s atoll.SegmentID) bool { return w.ignore(ctx, known, s) })
 		verdicts[i] = v
 		jobs = append(jobs, v.jobs...)
 		waiting = append(waiting, v.waiting...)
@@ -156,16 +156,25 @@ func (w *worker) failed(ctx context.Context, what string, set atoll.CopysetID, e
 	}
 }
 
-// ignore reports whether a medium is being deleted, or gone: nobody will read
-// its segments or complete them.
-func (w *worker) ignore(ctx context.Context, known map[atoll.MediumID]bool, id atoll.MediumID) bool {
-	is, asked := known[id]
+// lookup is what the catalog says of the media whose segments hold moves up.
+type lookup map[atoll.MediumID]*catalog.Head // nil: it is being deleted, or gone
+
+// ignore reports whether nobody will read a segment or complete its copies, by a
+// positive record: its medium is being deleted, or gone, or its owner has
+// dropped it.
+func (w *worker) ignore(ctx context.Context, known lookup, seg atoll.SegmentID) bool {
+	h, asked := known[seg.Medium]
 	if !asked {
-		m, err := w.h.opts.Catalog.Medium(ctx, id)
-		is = errors.Is(err, atoll.ErrNotExist) || err == nil && m.State == catalog.MediumDeleting
-		known[id] = is
+		h = &catalog.Head{}
+		m, err := w.h.opts.Catalog.Medium(ctx, seg.Medium)
+		if errors.Is(err, atoll.ErrNotExist) || err == nil && m.State == catalog.MediumDeleting {
+			h = nil
+		} else if now, err := w.h.opts.Catalog.Head(ctx, seg.Medium); err == nil {
+			h = &now
+		}
+		known[seg.Medium] = h
 	}
-	return is
+	return h == nil || slices.Contains(h.Dropped, seg)
 }
 
 // copyAll makes copies, some side by side. It returns those that are not whole.

@@ -2,7 +2,6 @@ package server
 
 import (
 	"context"
-	"fmt"
 	"time"
 
 	"github.com/atollstore/atoll/internal/atoll"
@@ -33,12 +32,9 @@ type settling struct{ s *Server }
 
 // Settle implements controller.Media and heal.Media.
 func (m settling) Settle(ctx context.Context, id atoll.MediumID) error {
-	left, err := medium.Settle(ctx, medium.Options{
+	_, err := medium.Settle(ctx, medium.Options{
 		Catalog: m.s.cat, Nodes: m.s.nodes, Session: m.s.session(), Log: m.s.log, Metrics: m.s.metrics.medium, Streams: m.s.metrics.stream,
 	}, id)
-	if err == nil && left > 0 {
-		return fmt.Errorf("%d segments of medium %v wait for copies on nodes that do not answer: %w", left, id, atoll.ErrUnavailable)
-	}
 	return err
 }
 

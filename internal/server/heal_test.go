@@ -138,6 +138,7 @@ func TestLostNodeIsReplaced(t *testing.T) {
 	defer mustStop(t, s)
 	b := &backend{s: s}
 	stop := loaded(t, s)
+	began := time.Now()
 	before, _ := memberOf(s, 3)
 	if before == 0 || s.cat.State().Nodes[3].Report.Segments == 0 {
 		eventually(t, 10*time.Second, "in use", func() bool { return s.cat.State().Nodes[3].Report.Segments > 0 })
@@ -150,6 +151,27 @@ func TestLostNodeIsReplaced(t *testing.T) {
 	}
 	eventually(t, 60*time.Second, "replaced", func() bool {
 		n, moves := memberOf(s, 3)
+		if time.Since(began) > 50*time.Second { // it is about to fail: say why
+			began = time.Now()
+			for _, set := range s.cat.State().Copysets {
+				if len(set.Moves) > 0 {
+					t.Logf("%+v", set)
+				}
+			}
+			for id := range s.cat.State().Nodes {
+				if h := s.cat.State().Nodes[id].Report.Healing; h != nil {
+					t.Logf("node %v: %+v", id, *h)
+				}
+			}
+			for _, id := range []atoll.NodeID{1, 2, 4, 5} {
+				list, _ := s.nodes.ListNode(t.Context(), id, nil)
+				for _, c := range list {
+					if len(s.cat.State().Copysets[c.Seg.Copyset].Moves) > 0 {
+						t.Logf("node %v: %+v", id, c)
+					}
+				}
+			}
+		}
 		return n == 0 && moves == 0
 	})
 	stop()
