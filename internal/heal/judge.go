@@ -33,8 +33,8 @@ type verdict struct {
 func (v *verdict) done() bool { return len(v.jobs)+len(v.waiting)+len(v.silent) == 0 }
 
 // judge decides, from what the members of a set hold, what its new member id is
-// to copy. verified are its copies that were read back. mustAnswer tells of a
-// member that is on its way out whether it lives.
+// to copy. verified are its copies that were read back. lives tells of a member
+// that is on its way out whether it has to answer.
 func judge(set catalog.Copyset, id atoll.NodeID, held map[atoll.NodeID]held, verified map[atoll.SegmentID]atoll.BlockNo, lives func(atoll.NodeID) bool) verdict {
 	var v verdict
 	witnesses := slices.DeleteFunc(slices.Clone(set.Nodes), set.Leaving)
@@ -48,7 +48,9 @@ func judge(set catalog.Copyset, id atoll.NodeID, held map[atoll.NodeID]held, ver
 			v.silent = append(v.silent, n)
 		}
 		for seg := range list {
-			all[seg] = true
+			if seg.Copyset == set.ID { // the nodes were asked for several sets
+				all[seg] = true
+			}
 		}
 	}
 	if _, answered := held[id]; !answered {

@@ -72,6 +72,11 @@ func TestJudge(t *testing.T) {
 					lists[atoll.NodeID(i)] = parse(t, text)
 				}
 			}
+			other := segID(9) // of another copyset with some of the members
+			other.Copyset = 2
+			if lists[1] != nil {
+				lists[1][other] = wire.SegmentInfo{Seg: other, Length: 5, Sealed: true}
+			}
 			verified := map[atoll.SegmentID]atoll.BlockNo{}
 			for seg, i := range parse(t, c.verified) {
 				verified[seg] = i.Length

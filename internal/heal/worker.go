@@ -21,6 +21,7 @@ const (
 	settleAgain  = 10 * time.Second
 	settlesMost  = 4 // media settled in one pass
 	settleTime   = 30 * time.Second
+	tellAgain    = 20 * time.Second
 )
 
 // worker makes one node of this process a member of the copysets that it is to
@@ -35,6 +36,7 @@ type worker struct {
 	seen     map[atoll.CopysetID]time.Time // since when a move is known here
 	verified map[atoll.SegmentID]atoll.BlockNo
 	tried    map[atoll.MediumID]time.Time
+	told     time.Time
 
 	mu struct {
 		sync.Mutex
@@ -47,6 +49,7 @@ type worker struct {
 func newWorker(h *Healer, id atoll.NodeID, node Node) *worker {
 	w := &worker{h: h, id: id, node: node, seen: map[atoll.CopysetID]time.Time{},
 		verified: map[atoll.SegmentID]atoll.BlockNo{}, tried: map[atoll.MediumID]time.Time{}}
+	w.told = time.Now()
 	w.pacer = newPacer(node.Requests, h.opts.Rate)
 	w.mu.at = time.Now()
 	return w
@@ -123,6 +126,7 @@ func (w *worker) pass(ctx context.Context, st *catalog.State, sets []catalog.Cop
 		waiting = append(waiting, v.waiting...)
 	}
 	w.expect(jobs, len(waiting))
+	w.tell(ctx, sets, verdicts)
 	failed := w.copyAll(ctx, jobs)
 	for i, set := range sets {
 		v := &verdicts[i]
@@ -134,6 +138,24 @@ func (w *worker) pass(ctx context.Context, st *catalog.State, sets []catalog.Cop
 	}
 	w.settle(ctx, waiting)
 	return progress
+}
+
+// tell says now and then what holds moves up.
+func (w *worker) tell(ctx context.Context, sets []catalog.Copyset, verdicts []verdict) {
+	if time.Since(w.told) < tellAgain {
+		return
+	}
+	for i, v := range verdicts {
+		if len(v.waiting)+len(v.silent) == 0 || len(v.jobs) > 0 {
+			continue
+		}
+		first := "none"
+		if len(v.waiting) > 0 {
+			first = v.waiting[0].String()
+		}
+		w.told = time.Now()
+		w.h.log.InfoContext(ctx, "replacement waits", "copyset", sets[i].ID, "node", w.id, "unsettled", len(v.waiting), "first", first, "silent", v.silent)
+	}
 }
 
 // begin notes that there may be copies from now on, so that the moves are not
