@@ -6,7 +6,7 @@ VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 LDFLAGS := -s -w -X main.version=$(VERSION)
 export CGO_ENABLED ?= 0
 
-.PHONY: build demo test race suites lint bench generate packages clean
+.PHONY: build demo test race chaos suites lint bench generate packages clean
 
 build:            ## the static binary, bin/atoll
 	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/atoll ./cmd/atoll
@@ -22,6 +22,13 @@ test: packages build ## every test
 
 race:             ## the unit tests under the race detector
 	CGO_ENABLED=1 ATOLL_SIM_SEEDS=20 $(GO) test -race -short -timeout 30m ./...
+
+# CHAOS_SEED=… draws the same faults again; CHAOS_FAULT="kill the owner" begins
+# every round with that one; CHAOS_DISK=/mnt/x puts the data there and not on
+# tmpfs; CHAOS_LOGS=/tmp/x keeps the servers' logs there.
+CHAOS_TIME ?= 1h
+chaos: packages   ## break a cluster in network namespaces for CHAOS_TIME (needs root)
+	CHAOS_TIME=$(CHAOS_TIME) $(GO) test -count=1 -timeout 0 -v -run TestLong ./e2e/chaos
 
 lint:             ## gofmt, go vet, staticcheck
 	@out=$$(gofmt -l $$(git ls-files '*.go')); if [ -n "$$out" ]; then echo "gofmt would change:"; echo "$$out"; exit 1; fi

@@ -27,6 +27,9 @@ type Options struct {
 	// Credential is needed over TCP. If it is empty, $ATOLL_TOKEN or what is in
 	// the file $ATOLL_TOKEN_FILE.
 	Credential string
+	// User acts as that user, with its rights, instead of root. If it is empty,
+	// $ATOLL_USER and $ATOLL_PASSWORD.
+	User, Password string
 	// TLS replaces the settings of https and nbds connections. Without it https
 	// trusts the authority that the credential names, if it names one.
 	TLS *tls.Config
@@ -55,7 +58,7 @@ func Dial(ctx context.Context, o Options) (*Client, error) {
 	if parts := strings.Split(o.Credential, ":"); conf == nil && len(parts) == 3 && strings.HasPrefix(o.Server, "https://") {
 		conf = pki.PinnedTLS(parts[1], nil) // "atoll1:HASH:SECRET"
 	}
-	a, err := api.NewClient(o.Server, o.Credential, conf)
+	a, err := api.NewClient(o.Server, api.Credential{Token: o.Credential, User: o.User, Password: o.Password}, conf)
 	if err != nil {
 		return nil, err
 	}
@@ -90,6 +93,9 @@ func (o *Options) complete() error {
 			return err
 		}
 		o.Server = "unix:" + api.DefaultSocket()
+	}
+	if o.User == "" {
+		o.User, o.Password = os.Getenv("ATOLL_USER"), os.Getenv("ATOLL_PASSWORD")
 	}
 	if o.Credential == "" {
 		o.Credential = os.Getenv("ATOLL_TOKEN")

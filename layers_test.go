@@ -56,6 +56,7 @@ var layers = map[string]int{
 	"cmd/atoll": 12,
 
 	"e2e":       13, // tests only
+	"e2e/chaos": 13,
 	"e2e/curve": 13,
 	"e2e/guest": 13,
 	"e2e/rbd":   13,

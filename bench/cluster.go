@@ -40,7 +40,7 @@ func newCluster(ctx context.Context, bin, dir string, args ...string) (*cluster,
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("make %s: %w", dir, err)
 	}
-	if c.client, err = api.NewClient(c.api(), "", nil); err != nil {
+	if c.client, err = api.NewClient(c.api(), api.Credential{}, nil); err != nil {
 		return nil, err
 	}
 	if err := c.start(ctx); err != nil {

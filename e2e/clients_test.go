@@ -181,13 +181,13 @@ func TestImportExport(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		eventually(t, 10*time.Second, "the import begins", func() bool { return s.try("volume", "info", "half").code == 0 })
+		eventually(t, "the import begins", func() bool { return s.try("volume", "info", "half").code == 0 })
 		cmd.Process.Signal(sig)
 		done := make(chan error, 1)
 		go func() { done <- cmd.Wait() }()
 		select {
 		case <-done:
-		case <-time.After(10 * time.Second):
+		case <-time.After(patience):
 			t.Errorf("%v does not end an import that waits for its input", sig)
 			in.Close()
 			<-done
@@ -208,7 +208,7 @@ func TestImportExport(t *testing.T) {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, 10*time.Second, "the export begins", func() bool { _, err := os.Stat(half); return err == nil })
+	eventually(t, "the export begins", func() bool { _, err := os.Stat(half); return err == nil })
 	cmd.Process.Signal(syscall.SIGINT)
 	if err := cmd.Wait(); err == nil {
 		t.Log("the export ended before it was interrupted")
@@ -386,7 +386,7 @@ func TestSocketActivation(t *testing.T) {
 	sum := image(t, src, 16<<20, 4)
 	unlocked := func() {
 		t.Helper()
-		eventually(t, 10*time.Second, "the server that libnbd started ends", func() bool {
+		eventually(t, "the server that libnbd started ends", func() bool {
 			f, err := os.Open(filepath.Join(s.data, "lock"))
 			if err != nil {
 				t.Fatal(err)

@@ -11,7 +11,7 @@ import (
 // told when writes may have been lost with that.
 func TestGoClient(t *testing.T) {
 	s := startServer(t)
-	c, err := atoll.Dial(t.Context(), atoll.Options{Server: s.socket()})
+	c, err := atoll.Dial(t.Context(), atoll.Options{Server: s.socket(), RetryFor: patience})
 	if err != nil {
 		t.Fatal(err)
 	}

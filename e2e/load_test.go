@@ -115,7 +115,7 @@ func (w *worker) close() {
 // step connects if need be and does one durable write, or one checked read.
 func (w *worker) step(ctx context.Context) error {
 	// What was begun is finished, so that the load knows what must be there.
-	rctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 60*time.Second)
+	rctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), patience)
 	defer cancel()
 	conns := 1 + w.id%2
 	for i := range conns {
@@ -210,10 +210,32 @@ func raise(v *atomic.Int64, to int64) {
 	}
 }
 
+// idle is how long ago an operation completed last.
+func (l *load) idle() time.Duration { return time.Since(l.base) - time.Duration(l.last.Load()) }
+
+// note counts the present time without completions as a stall.
+func (l *load) note() { raise(&l.stall, int64(l.idle())) }
+
 // reset begins a new measurement of stalls.
 func (l *load) reset() {
 	l.stall.Store(0)
 	l.slowest.Store(0)
+}
+
+// wait returns when every worker has met an error, as each must when its server
+// is gone and it may not try again.
+func (l *load) wait(t *testing.T) {
+	t.Helper()
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		l.wg.Wait()
+	}()
+	select {
+	case <-done:
+	case <-time.After(patience):
+		t.Fatalf("the load did not notice: %d of %d workers saw an error", l.broken.Load(), loadWorkers)
+	}
 }
 
 // stop ends the load. It returns the last error of a worker.
@@ -256,7 +278,7 @@ func (h *history) verify(t *testing.T, c *nbd.Client) (written int) {
 	t.Helper()
 	const chunk = 256
 	buf := make([]byte, chunk*blockSize)
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 2*patience)
 	defer cancel()
 	for _, err := range h.wrong {
 		t.Errorf("while the load ran: %v", err)
@@ -301,7 +323,7 @@ func fillStamp(p []byte, off int64, stamp uint64) {
 // dial connects to a volume.
 func dial(t *testing.T, uri string) *nbd.Client {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 2*patience)
 	defer cancel()
 	c, err := nbd.Dial(ctx, uri, nbd.DialOptions{})
 	if err != nil {

@@ -8,7 +8,6 @@ import (
 	"flag"
 	"fmt"
 	iofs "io/fs"
-	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
@@ -18,6 +17,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/atollstore/atoll/internal/host/hosttest"
 )
 
 // atollPath is the program under test, built once.
@@ -122,38 +123,14 @@ func tempDir(t *testing.T) string {
 	return dir
 }
 
-var ports struct {
-	sync.Mutex
-	used map[int]bool
-}
-
 // freePorts finds n ports in a row that nobody listens on.
 func freePorts(t *testing.T, n int) int {
 	t.Helper()
-	ports.Lock()
-	defer ports.Unlock()
-	if ports.used == nil {
-		ports.used = map[int]bool{}
+	port, err := hosttest.Ports(n)
+	if err != nil {
+		t.Fatal(err)
 	}
-	for range 200 {
-		base := 20000 + rand.IntN(12000)
-		ok := true
-		for p := base; p < base+n && ok; p++ {
-			l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", p))
-			if ok = err == nil && !ports.used[p]; err == nil {
-				l.Close()
-			}
-		}
-		if !ok {
-			continue
-		}
-		for p := base; p < base+n; p++ {
-			ports.used[p] = true
-		}
-		return base
-	}
-	t.Fatal("no free ports")
-	return 0
+	return port
 }
 
 // result is what a command did.
@@ -173,10 +150,14 @@ func environ(home string, extra ...string) []string {
 	return append(env, extra...)
 }
 
-// command runs a program for at most two minutes.
+// patience is how long a test waits for what must happen some time. How quick it
+// is says more about the machine than about the program; the tests only tell it.
+const patience = 2 * time.Minute
+
+// command runs a program, and ends the test if it does not end.
 func command(t *testing.T, env []string, stdin string, name string, args ...string) result {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, name, args...)
 	cmd.Env, cmd.Stdin, cmd.WaitDelay = env, strings.NewReader(stdin), 5*time.Second
@@ -324,8 +305,8 @@ func (s *server) start() {
 		s.took = time.Since(begin)
 	case <-s.done:
 		s.t.Fatalf("the server ended at start: %v\n%s", s.wait, s.log.tail(20))
-	case <-time.After(60 * time.Second):
-		s.t.Fatalf("the server is not ready after a minute\n%s", s.log.tail(40))
+	case <-time.After(patience):
+		s.t.Fatalf("the server is not ready after %v\n%s", patience, s.log.tail(40))
 	}
 }
 
@@ -371,11 +352,11 @@ func (s *server) stop() {
 		if s.wait != nil {
 			s.t.Errorf("the server on %s did not stop cleanly: %v\n%s", s.api(), s.wait, s.log.tail(15))
 		}
-	case <-time.After(60 * time.Second):
+	case <-time.After(patience):
 		_ = s.cmd.Process.Signal(syscall.SIGQUIT) // shows its goroutines
 		time.Sleep(time.Second)
 		_ = s.cmd.Process.Kill()
-		s.t.Errorf("the server on %s does not stop within a minute\n%s", s.api(), s.log.tail(400))
+		s.t.Errorf("the server on %s does not stop within %v\n%s", s.api(), patience, s.log.tail(400))
 		<-s.done
 	}
 	s.cmd = nil
@@ -454,12 +435,12 @@ func (s *server) nodes() []nodeJSON {
 }
 
 // eventually repeats ok until it holds.
-func eventually(t *testing.T, within time.Duration, what string, ok func() bool) time.Duration {
+func eventually(t *testing.T, what string, ok func() bool) time.Duration {
 	t.Helper()
 	begin := time.Now()
 	for !ok() {
-		if time.Since(begin) > within {
-			t.Fatalf("not within %v: %s", within, what)
+		if time.Since(begin) > patience {
+			t.Fatalf("not within %v: %s", patience, what)
 		}
 		time.Sleep(50 * time.Millisecond)
 	}

@@ -509,7 +509,7 @@ func TestLimits(t *testing.T) {
 		t.Errorf("%.0f operations a second without limits, %.0f with", fast, slow)
 	}
 	s.atoll("volume", "schedule", "disk1", "hourly=24,every=1m:2")
-	eventually(t, 15*time.Second, "a version by the schedule", func() bool { return len(s.versions("disk1")) > 0 })
+	eventually(t, "a version by the schedule", func() bool { return len(s.versions("disk1")) > 0 })
 	s.atoll("volume", "schedule", "disk1", "none")
 }
 

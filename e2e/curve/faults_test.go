@@ -83,12 +83,12 @@ func TestFaults(t *testing.T) {
 		dir, conf := module(t, f.s.Addr)
 		text, err := os.ReadFile(conf)
 		if err == nil {
-			err = os.WriteFile(conf, append(text, "atoll.ioTimeoutMS=300\natoll.timeoutMS=300\n"...), 0o644)
+			err = os.WriteFile(conf+".more", append(text, "atoll.ioTimeoutMS=300\natoll.timeoutMS=300\n"...), 0o644)
 		}
 		if err != nil {
 			t.Fatal(err)
 		}
-		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 		defer cancel()
 		cmd := exec.CommandContext(ctx, py, "-B", "testdata/faults.py", conf)
 		cmd.Env = append(os.Environ(), "PYTHONPATH="+dir, "ATOLL_TOKEN=")

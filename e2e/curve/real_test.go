@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"net"
 	"net/http"
 	"net/url"
 	"os"
@@ -26,6 +25,7 @@ import (
 
 	"github.com/atollstore/atoll/cbd"
 	"github.com/atollstore/atoll/internal/cli"
+	"github.com/atollstore/atoll/internal/host/hosttest"
 	"github.com/atollstore/atoll/internal/server"
 )
 
@@ -49,12 +49,11 @@ func TestMain(m *testing.M) {
 
 func freePort(t *testing.T) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	port, err := hosttest.Ports(3)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer l.Close()
-	return l.Addr().String()
+	return fmt.Sprintf("127.0.0.1:%d", port)
 }
 
 // real starts a server with three nodes in this process.
@@ -105,7 +104,7 @@ func TestRestart(t *testing.T) {
 	s := boot(t, args)
 	dir, conf := module(t, s.APIAddr())
 	pys := pythons(t)
-	cmd := exec.Command("timeout", "60", pys[len(pys)-1], "-B", "testdata/survive.py", conf)
+	cmd := exec.Command("timeout", "300", pys[len(pys)-1], "-B", "testdata/survive.py", conf)
 	cmd.Env = append(os.Environ(), "PYTHONPATH="+dir, "ATOLL_TOKEN=")
 	var errs bytes.Buffer
 	cmd.Stderr = &errs
@@ -265,7 +264,7 @@ func TestSnapshotService(t *testing.T) {
 // await waits until a task is done.
 func await(t *testing.T, s *server.Server, uuid string) {
 	t.Helper()
-	for end := time.Now().Add(20 * time.Second); ; {
+	for end := time.Now().Add(2 * time.Minute); ; {
 		x := rest(t, s, "0", "GetCloneTasks", "User", "zjm", "UUID", uuid)["TaskInfos"].([]any)[0].(map[string]any)
 		if x["TaskStatus"].(float64) == 0 {
 			return
@@ -382,7 +381,7 @@ func TestCurveNBD(t *testing.T) {
 	t.Setenv(asProgram, "1") // the helper is this program again
 	nbd := func(args ...string) string {
 		t.Helper()
-		out, err := exec.Command("timeout", append([]string{"60", self, "curve-nbd"}, args...)...).CombinedOutput()
+		out, err := exec.Command("timeout", append([]string{"300", self, "curve-nbd"}, args...)...).CombinedOutput()
 		if err != nil {
 			t.Errorf("curve-nbd %v: %v\n%s", args, err, out)
 		}

@@ -44,7 +44,7 @@ func module(t *testing.T, addr string) (dir, conf string) {
 	t.Helper()
 	dir = t.TempDir()
 	conf = filepath.Join(dir, "client.conf")
-	text := "# of a test\nmds.listen.addr=" + addr + "\nmds.maxRetryMS=8000\nglobal.logPath=/data/log\natoll.ioTimeoutMS=20000\n"
+	text := "# of a test\nmds.listen.addr=" + addr + "\nmds.maxRetryMS=8000\nglobal.logPath=/data/log\natoll.ioTimeoutMS=60000\n"
 	for path, text := range map[string]string{conf: text, filepath.Join(dir, "curvefs.py"): python.Curvefs} {
 		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
 			t.Fatal(err)
@@ -56,7 +56,7 @@ func module(t *testing.T, addr string) (dir, conf string) {
 // run runs a script of testdata and returns what it printed.
 func run(t *testing.T, py, dir, script string, args ...string) string {
 	t.Helper()
-	cmd := exec.Command("timeout", append([]string{"120", py, "-B", "testdata/" + script}, args...)...)
+	cmd := exec.Command("timeout", append([]string{"300", py, "-B", "testdata/" + script}, args...)...)
 	cmd.Env = append(os.Environ(), "PYTHONPATH="+dir, "ATOLL_TOKEN=")
 	out, err := cmd.CombinedOutput()
 	if err != nil {

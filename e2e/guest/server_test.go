@@ -12,6 +12,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/atollstore/atoll/internal/host/hosttest"
 )
 
 // server is the program under test: a whole cluster in one process.
@@ -48,12 +50,11 @@ func newServer(t *testing.T, l *lab) *server {
 
 func freeAddr(t *testing.T) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	port, err := hosttest.Ports(3)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer l.Close()
-	return l.Addr().String()
+	return fmt.Sprintf("127.0.0.1:%d", port)
 }
 
 func (s *server) data() string   { return filepath.Join(s.dir, "d") }

@@ -7,13 +7,14 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/atollstore/atoll/internal/host/hosttest"
 )
 
 // ceph is a throw-away cluster that keeps everything in memory.
@@ -90,7 +91,7 @@ func start(t *testing.T) *ceph {
 	}
 	port := freePort(t)
 	cluster, osd := uuid(), uuid()
-	text := fmt.Sprintf(conf, cluster, port, dir, port+1, port+40)
+	text := fmt.Sprintf(conf, cluster, port, dir, port+1, port+14)
 	if err := os.WriteFile(c.conf(), []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -117,15 +118,14 @@ func uuid() string {
 	return fmt.Sprintf("%x-%x-%x-%x-%x", b[:4], b[4:6], b[6:8], b[8:10], b[10:])
 }
 
-// freePort finds a port that nobody listens on, with room behind it.
+// freePort finds the first of 15 ports that nobody listens on.
 func freePort(t *testing.T) int {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	port, err := hosttest.Ports(15)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer l.Close()
-	return min(l.Addr().(*net.TCPAddr).Port, 65000)
+	return port
 }
 
 func (c *ceph) command(name string, args ...string) *exec.Cmd {
@@ -164,7 +164,7 @@ func (c *ceph) run(t *testing.T, input []byte, name string, args ...string) (out
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	timer := time.AfterFunc(2*time.Minute, func() { _ = cmd.Process.Kill() })
+	timer := time.AfterFunc(5*time.Minute, func() { _ = cmd.Process.Kill() })
 	defer timer.Stop()
 	_ = cmd.Wait()
 	return stdout.Bytes(), cmd.ProcessState.ExitCode(), stderr.String()

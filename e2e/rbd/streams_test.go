@@ -360,36 +360,7 @@ func raw(t *testing.T, c *ceph) {
 	}
 }
 
-// canonical writes a diff again by our Writer.
-func canonical(t *testing.T, p []byte) []byte {
-	t.Helper()
-	d, err := rbdstream.NewReader(bytes.NewReader(p), rbdstream.V1)
-	must(t, err)
-	var b bytes.Buffer
-	w := rbdstream.NewWriter(&b, rbdstream.WriterOptions{})
-	for {
-		r, err := d.Next()
-		if err != nil {
-			break
-		}
-		switch r.Kind {
-		case rbdstream.From:
-			must(t, w.From(r.Name))
-		case rbdstream.To:
-			must(t, w.To(r.Name))
-		case rbdstream.Size:
-			must(t, w.Size(r.Len))
-		case rbdstream.Write:
-			must(t, w.WriteFrom(r.Off, r.Len, d))
-		case rbdstream.Zero:
-			must(t, w.Zero(r.Off, r.Len))
-		}
-	}
-	must(t, w.End())
-	return b.Bytes()
-}
-
-// Our merged diffs and theirs say the same, of our diffs and of theirs.
+// Our merged diffs are theirs, byte for byte.
 func merge(t *testing.T, c *ceph) {
 	for seed := range uint64(5) {
 		rng := rand.New(rand.NewPCG(seed, 26))
@@ -404,8 +375,8 @@ func merge(t *testing.T, c *ceph) {
 			theirs := c.must(t, "rbd", "merge-diff", "--no-progress", pa, pb, "-")
 			var ours bytes.Buffer
 			must(t, rbdstream.Merge(&ours, bytes.NewReader(a), bytes.NewReader(b)))
-			if !bytes.Equal(canonical(t, theirs), canonical(t, ours.Bytes())) {
-				t.Errorf("seed %d, pair %d: their merge has other contents", seed, i)
+			if !bytes.Equal(theirs, ours.Bytes()) {
+				t.Errorf("seed %d, pair %d: their merge has other bytes", seed, i)
 			}
 			if i == 0 { // and theirs takes ours
 				image := c.name()

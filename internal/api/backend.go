@@ -61,3 +61,14 @@ type Tasks interface {
 	GetTask(ctx context.Context, r *atollv1.GetTaskRequest) (*atollv1.Task, error)
 	CancelTask(ctx context.Context, r *atollv1.CancelTaskRequest) (*atollv1.Task, error)
 }
+
+// Rights say who may do what. They are asked for callers that are not root.
+type Rights interface {
+	// Login tells who shows a name and a password. ErrDenied if they are wrong.
+	Login(ctx context.Context, name, password string) (Caller, error)
+	// Authorize is ErrDenied for a request that a caller may not make. It gives a
+	// request that leaves the owner out the caller's name.
+	Authorize(ctx context.Context, who Caller, request any) error
+	// Conceal takes out of an answer what its caller may not see.
+	Conceal(ctx context.Context, who Caller, response any) error
+}

@@ -34,7 +34,7 @@ type Client struct {
 	Demo     atollv1connect.DemoServiceClient
 	http     *http.Client
 	base     string
-	token    string
+	cred     Credential
 }
 
 // RuntimeDir returns the directory for the sockets of this user's programs:
@@ -73,8 +73,9 @@ func CheckPrivate(dir string) error {
 func DefaultSocket() string { return filepath.Join(RuntimeDir(), "api.sock") }
 
 // NewClient returns a client for addr: "unix:/path", "host:port" or an
-// http(s) URL. token may be empty on a Unix socket. tlsConf is used for https.
-func NewClient(addr, token string, tlsConf *tls.Config) (*Client, error) {
+// http(s) URL. The credential may be empty on a Unix socket: then it is root's.
+// tlsConf is used for https.
+func NewClient(addr string, cred Credential, tlsConf *tls.Config) (*Client, error) {
 	dialer := &net.Dialer{Timeout: 5 * time.Second}
 	tr := &http.Transport{TLSClientConfig: tlsConf, MaxIdleConnsPerHost: 4, IdleConnTimeout: 30 * time.Second}
 	base := addr
@@ -97,7 +98,7 @@ func NewClient(addr, token string, tlsConf *tls.Config) (*Client, error) {
 		}
 	}
 	hc := &http.Client{Transport: tr}
-	opts := []connect.ClientOption{connect.WithProtoJSON(), connect.WithInterceptors(clientInterceptor{token})}
+	opts := []connect.ClientOption{connect.WithProtoJSON(), connect.WithInterceptors(clientInterceptor{cred})}
 	return &Client{
 		Cluster:  atollv1connect.NewClusterServiceClient(hc, base, opts...),
 		Volumes:  atollv1connect.NewVolumeServiceClient(hc, base, opts...),
@@ -107,7 +108,7 @@ func NewClient(addr, token string, tlsConf *tls.Config) (*Client, error) {
 		Users:    atollv1connect.NewUserServiceClient(hc, base, opts...),
 		Tasks:    atollv1connect.NewTaskServiceClient(hc, base, opts...),
 		Demo:     atollv1connect.NewDemoServiceClient(hc, base, opts...),
-		http:     hc, base: base, token: token,
+		http:     hc, base: base, cred: cred,
 	}, nil
 }
 
@@ -118,15 +119,16 @@ func (c *Client) Get(ctx context.Context, path string) (*http.Response, error) {
 	if err != nil {
 		return nil, fmt.Errorf("get %s: %w", path, err)
 	}
-	if c.token != "" {
-		req.Header.Set("Authorization", "Bearer "+c.token)
-	}
+	c.cred.set(req.Header)
 	resp, err := c.http.Do(req)
 	if err != nil {
 		return nil, fmt.Errorf("get %s: %v: %w", path, err, atoll.ErrUnreachable)
 	}
 	return resp, nil
 }
+
+// Anonymous reports whether the client shows no credential.
+func (c *Client) Anonymous() bool { return c.cred == Credential{} }
 
 // Close drops idle connections.
 func (c *Client) Close() { c.http.CloseIdleConnections() }
@@ -146,13 +148,11 @@ func Forwarding(ctx context.Context) context.Context {
 // server.
 func Forwarded(ctx context.Context) bool { return ctx.Value(forwardedKey{}) != nil }
 
-// clientInterceptor adds the token and gives errors their kinds back.
-type clientInterceptor struct{ token string }
+// clientInterceptor adds the credential and gives errors their kinds back.
+type clientInterceptor struct{ cred Credential }
 
 func (i clientInterceptor) header(ctx context.Context, h http.Header) {
-	if i.token != "" {
-		h.Set("Authorization", "Bearer "+i.token)
-	}
+	i.cred.set(h)
 	if Forwarded(ctx) {
 		h.Set(headerForwarded, "1")
 	}

@@ -2,7 +2,6 @@ package api
 
 import (
 	"context"
-	"crypto/subtle"
 	"fmt"
 	"log/slog"
 	"net"
@@ -34,13 +33,14 @@ type Backend interface {
 	Volume(ctx context.Context, name string, open bool) (*atollv1.Volume, error)
 	ResizeVolume(ctx context.Context, name string, size int64, shrink bool) (*atollv1.Volume, error)
 	DeleteVolume(ctx context.Context, req *atollv1.DeleteVolumeRequest) (*atollv1.DeleteVolumeResponse, error)
-	CheckVolume(ctx context.Context, name string, readAll bool) (*atollv1.CheckVolumeResponse, error)
+	CheckVolume(ctx context.Context, req *atollv1.CheckVolumeRequest) (*atollv1.CheckVolumeResponse, error)
 
 	Versions
 	Names
 	Trash
 	Users
 	Tasks
+	Rights
 
 	// Healthy returns nil when the server can serve.
 	Healthy() error
@@ -71,8 +71,9 @@ type Mount struct {
 	Unix http.Handler // on the server's own socket, which only its user can reach
 }
 
-// NewHandlers returns the handler for TCP, which asks for the token, and the
-// one for the Unix socket, which does not and also serves profiles.
+// NewHandlers returns the handler for TCP, which wants to know who calls, and the
+// one for the Unix socket, where who says nothing is root, and which also serves
+// profiles.
 func NewHandlers(o Options) (tcp, unix http.Handler) {
 	mux := http.NewServeMux()
 	serveCalls(mux, o)
@@ -87,9 +88,8 @@ func NewHandlers(o Options) (tcp, unix http.Handler) {
 		mux.Handle("GET /metrics", o.Metrics)
 	}
 	private, public := http.NewServeMux(), http.NewServeMux()
-	guarded := requireToken(o.Token, http.NewCrossOriginProtection().Handler(mux))
-	private.Handle("/", mux)
-	public.Handle("/", guarded)
+	private.Handle("/", identify(o, true, mux))
+	public.Handle("/", identify(o, false, http.NewCrossOriginProtection().Handler(mux)))
 	for _, m := range o.Mounts {
 		if m.Unix != nil {
 			private.Handle(m.Path, m.Unix)
@@ -108,7 +108,7 @@ func NewHandlers(o Options) (tcp, unix http.Handler) {
 
 // serveCalls registers the services.
 func serveCalls(mux *http.ServeMux, o Options) {
-	opts := []connect.HandlerOption{connect.WithInterceptors(serverInterceptor{o.Log}), connect.WithReadMaxBytes(1 << 20)}
+	opts := []connect.HandlerOption{connect.WithInterceptors(serverInterceptor{o.Log, o.Backend}), connect.WithReadMaxBytes(1 << 20)}
 	b := o.Backend
 	mux.Handle(atollv1connect.NewClusterServiceHandler(clusterService{b}, opts...))
 	mux.Handle(atollv1connect.NewVolumeServiceHandler(volumeService{b}, opts...))
@@ -152,25 +152,6 @@ func ownName(r *http.Request) bool {
 	return name == "" || name == "localhost" || ip != nil
 }
 
-// requireToken lets through /healthz, /metrics, the call to join (which carries
-// a token of its own), members of the cluster, which showed their certificate
-// (the listener verified it), and whatever shows the bearer token.
-func requireToken(token string, next http.Handler) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		open := r.URL.Path == "/healthz" || r.URL.Path == "/metrics" ||
-			r.URL.Path == atollv1connect.ClusterServiceJoinProcedure || r.TLS != nil && len(r.TLS.PeerCertificates) > 0
-		got, ok := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
-		if !open && (!ok || token == "" || subtle.ConstantTimeCompare([]byte(got), []byte(token)) != 1) {
-			w.Header().Set("Content-Type", "application/json")
-			w.Header().Set("WWW-Authenticate", "Bearer")
-			w.WriteHeader(http.StatusUnauthorized)
-			fmt.Fprintln(w, `{"code":"unauthenticated","message":"this address needs the token from the server's credential file in the header Authorization: Bearer TOKEN"}`)
-			return
-		}
-		next.ServeHTTP(w, r)
-	})
-}
-
 // The longest that calls may take: those that read or copy a whole volume, and
 // all others.
 const (
@@ -188,9 +169,13 @@ func limitOf(procedure string) time.Duration {
 	return otherCall
 }
 
-// serverInterceptor turns our errors into Connect's, bounds every call, and
-// notes which were passed on by another server.
-type serverInterceptor struct{ log *slog.Logger }
+// serverInterceptor turns our errors into Connect's, bounds every call, asks
+// whether its caller may make it, and notes which were passed on by another
+// server.
+type serverInterceptor struct {
+	log    *slog.Logger
+	rights Rights
+}
 
 func (i serverInterceptor) begin(ctx context.Context, s connect.Spec, h http.Header) (context.Context, context.CancelFunc) {
 	if h.Get(headerForwarded) != "" {
@@ -200,11 +185,23 @@ func (i serverInterceptor) begin(ctx context.Context, s connect.Spec, h http.Hea
 }
 
 func (i serverInterceptor) WrapUnary(next connect.UnaryFunc) connect.UnaryFunc {
-	return func(ctx context.Context, req connect.AnyRequest) (resp connect.AnyResponse, err error) {
+	return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
 		ctx, cancel := i.begin(ctx, req.Spec(), req.Header())
 		defer cancel()
-		resp, err = next(ctx, req)
-		return resp, toConnect(err)
+		who := CallerOf(ctx)
+		if !who.Root {
+			if err := i.rights.Authorize(ctx, who, req.Any()); err != nil {
+				return nil, toConnect(err)
+			}
+		}
+		resp, err := next(ctx, req)
+		if err == nil && !who.Root {
+			err = i.rights.Conceal(ctx, who, resp.Any())
+		}
+		if err != nil {
+			return nil, toConnect(err)
+		}
+		return resp, nil
 	}
 }
 
@@ -216,8 +213,27 @@ func (i serverInterceptor) WrapStreamingHandler(next connect.StreamingHandlerFun
 	return func(ctx context.Context, conn connect.StreamingHandlerConn) error {
 		ctx, cancel := i.begin(ctx, conn.Spec(), conn.RequestHeader())
 		defer cancel()
+		if who := CallerOf(ctx); !who.Root {
+			conn = &authorizedConn{conn, ctx, i.rights, who}
+		}
 		return toConnect(next(ctx, conn))
 	}
+}
+
+// authorizedConn is a stream whose requests are authorized as they come.
+type authorizedConn struct {
+	connect.StreamingHandlerConn
+	ctx    context.Context // of the call
+	rights Rights
+	who    Caller
+}
+
+// Receive implements connect.StreamingHandlerConn.
+func (c *authorizedConn) Receive(msg any) error {
+	if err := c.StreamingHandlerConn.Receive(msg); err != nil {
+		return err
+	}
+	return toConnect(c.rights.Authorize(c.ctx, c.who, msg))
 }
 
 func reply[T any](m *T, err error) (*connect.Response[T], error) {

@@ -48,7 +48,7 @@ func serve(t *testing.T, o Options) (tcp, unix *httptest.Server, c *Client) {
 	tcp, unix = httptest.NewServer(a), httptest.NewServer(b)
 	t.Cleanup(tcp.Close)
 	t.Cleanup(unix.Close)
-	c, err := NewClient(tcp.URL, o.Token, nil)
+	c, err := NewClient(tcp.URL, Credential{Token: o.Token}, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -78,7 +78,7 @@ func TestStream(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	stranger, err := NewClient(c.base, "wrong", nil)
+	stranger, err := NewClient(c.base, Credential{Token: "wrong"}, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

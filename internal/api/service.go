@@ -79,7 +79,7 @@ func (s volumeService) DeleteVolume(ctx context.Context, r *connect.Request[atol
 }
 
 func (s volumeService) CheckVolume(ctx context.Context, r *connect.Request[atollv1.CheckVolumeRequest]) (*connect.Response[atollv1.CheckVolumeResponse], error) {
-	return reply(s.b.CheckVolume(ctx, r.Msg.Name, r.Msg.ReadAll))
+	return reply(s.b.CheckVolume(ctx, r.Msg))
 }
 
 func (s demoService) Inject(ctx context.Context, r *connect.Request[atollv1.InjectRequest]) (*connect.Response[atollv1.InjectResponse], error) {

@@ -53,3 +53,34 @@ const (
 	// segments for what frees space: manifests, map pages, compaction.
 	ReservePercent = 98
 )
+
+// SegmentSizes is the number of sizes that segments usually have.
+const SegmentSizes = 5
+
+// SegmentSize returns one of the sizes that segments usually have, in blocks:
+// number 0 is SegmentBlocks, each further one about half of the one before. The
+// small ones have room for a whole number of the largest batches and a footer.
+func SegmentSize(i int) BlockNo {
+	switch n := BlockNo(SegmentBlocks) >> i; i {
+	case 0:
+		return n
+	case 1:
+		return n + 32
+	default:
+		return n + 16
+	}
+}
+
+// diskSegments is how many segments there should be room for on a disk, so that
+// those that are open or being freed are a small part of it.
+const diskSegments = 192
+
+// SegmentFor returns the size of a segment in blocks that suits a disk with that
+// many bytes: the largest of the usual ones of which it has room for enough.
+func SegmentFor(total int64) BlockNo {
+	i := 0
+	for i < SegmentSizes-1 && SegmentSize(i).Bytes()*diskSegments > total {
+		i++
+	}
+	return SegmentSize(i)
+}

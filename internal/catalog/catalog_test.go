@@ -99,7 +99,7 @@ func catInit(t *testing.T, p pair) {
 // waitState waits until the state satisfies ok.
 func waitState(t testing.TB, c *Catalog, ok func(*State) bool) {
 	t.Helper()
-	limit := time.After(20 * time.Second)
+	limit := time.After(time.Minute)
 	for {
 		changed := c.Changed()
 		if ok(c.State()) {
@@ -404,7 +404,7 @@ func catElection(t *testing.T, p pair) {
 	}
 	<-won
 	wg.Wait()
-	if took := time.Since(start); took > 2*time.Second {
+	if took := time.Since(start); took > 20*time.Second {
 		t.Errorf("the next election took %v", took)
 	}
 	waitState(t, p.a, func(s *State) bool { return s.Leaders["controller"] == sb.ID() })

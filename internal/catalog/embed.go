@@ -128,26 +128,53 @@ func StartEtcd(ctx context.Context, opts EtcdOptions) (*EtcdServer, error) {
 // KV returns the store as this process uses it, without a connection. It ends
 // with the server.
 func (s *EtcdServer) KV() *Etcd {
-	return &Etcd{client: s.client, renew: s.renew}
+	e := newEtcd(s.client)
+	e.renew = s.renew
+	return e
 }
 
 // renew renews a lease without the stream that the client would open for it.
 // The server's call may outlast ctx when the disk stalls; whoever counts on the
-// lease must not wait for that.
+// lease must not wait for that. It asks the leader, and goes on asking that one
+// for as long as it may take, also when it is dead: so others are begun beside
+// it, which ask whoever leads by then.
 func (s *EtcdServer) renew(ctx context.Context, id LeaseID) error {
-	answer := make(chan error, 1)
-	s.renewals.Go(func() {
-		_, err := s.e.Server.LeaseRenew(ctx, lease.LeaseID(id))
-		if errors.Is(err, lease.ErrLeaseNotFound) {
-			err = fmt.Errorf("%w: %w", err, atoll.ErrNotExist)
-		}
-		answer <- err
+	return hedge(ctx, renewAgain, 1, func(answer chan<- error) {
+		s.renewals.Go(func() {
+			_, err := s.e.Server.LeaseRenew(ctx, lease.LeaseID(id))
+			if errors.Is(err, lease.ErrLeaseNotFound) {
+				err = fmt.Errorf("%w: %w", err, atoll.ErrNotExist)
+			}
+			select {
+			case answer <- err:
+			case <-ctx.Done():
+			}
+		})
 	})
-	select {
-	case err := <-answer:
-		return err
-	case <-ctx.Done():
-		return ctx.Err()
+}
+
+// renewAgain is how long a renewal waits for an answer before another is begun.
+const renewAgain = renewTimeout / 4
+
+// hedge begins a call, another one each time that step has passed without an
+// answer or one has failed, and returns nil after the first success. Otherwise it
+// returns the last error when that many in a row have failed, ErrNotExist at
+// once, or ctx's error. What is begun ends by itself.
+func hedge(ctx context.Context, step time.Duration, failures int, begin func(answer chan<- error)) error {
+	answer := make(chan error)
+	again := time.NewTicker(step)
+	defer again.Stop()
+	for {
+		begin(answer)
+		select {
+		case err := <-answer:
+			if failures--; err == nil || failures <= 0 || errors.Is(kind(err), atoll.ErrNotExist) {
+				return err
+			}
+		case <-again.C:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
 	}
 }
 

@@ -13,8 +13,10 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/atollstore/atoll/internal/atoll"
@@ -68,13 +70,14 @@ func TestEtcdKill(t *testing.T) {
 		if err := cmd.Start(); err != nil {
 			t.Fatal(err)
 		}
-		lines, end := 0, time.Time{}
+		lines, killed := 0, false
+		end := time.Now().Add(time.Hour)
 		for in := bufio.NewScanner(out); in.Scan(); lines++ {
-			if end.IsZero() {
-				end = time.Now().Add(time.Duration(300+137*round) * time.Millisecond)
+			if lines == 100 { // however long that took
+				end = time.Now().Add(time.Duration(200+137*round) * time.Millisecond)
 			}
-			if !end.IsZero() && time.Now().After(end) {
-				end = time.Now().Add(time.Hour)
+			if !killed && time.Now().After(end) {
+				killed = true
 				if err := cmd.Process.Kill(); err != nil {
 					t.Fatal(err)
 				}
@@ -87,8 +90,8 @@ func TestEtcdKill(t *testing.T) {
 			acked[key] = n
 		}
 		_ = cmd.Wait()
-		if lines < 100 {
-			t.Fatalf("round %d: only %d writes", round, lines)
+		if !killed {
+			t.Fatalf("round %d: the child ended after %d writes", round, lines)
 		}
 		t.Logf("round %d: killed after %d acknowledged writes", round, lines)
 		checkAcked(t, dir, acked)
@@ -118,8 +121,8 @@ func checkAcked(t *testing.T, dir string, acked map[string]int) {
 	}
 }
 
-// TestEtcdStart measures the time to the first put, and that a restart finds
-// what was written.
+// TestEtcdStart tells the time to the first put; a restart finds what was
+// written.
 func TestEtcdStart(t *testing.T) {
 	opts := EtcdOptions{Dir: filepath.Join(privateDir(t), "etcd"), Name: "one", Log: testLog(t)}
 	for i := range 2 {
@@ -129,9 +132,6 @@ func TestEtcdStart(t *testing.T) {
 		t.Logf("first put %v after the start", time.Since(start))
 		if err != nil {
 			t.Fatal(err)
-		}
-		if took := time.Since(start); took > 3*time.Second {
-			t.Errorf("first put after %v", took)
 		}
 		_, err = StartEtcd(t.Context(), opts)
 		wantErr(t, err, atoll.ErrBusy)
@@ -143,16 +143,26 @@ func TestEtcdStart(t *testing.T) {
 	}
 }
 
-// sockets lists what this process listens on.
+// sockets lists the abstract sockets that this process listens on.
 func sockets(t *testing.T) []string {
 	t.Helper()
+	mine := map[string]bool{}
+	links, err := filepath.Glob("/proc/self/fd/*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, l := range links {
+		if to, err := os.Readlink(l); err == nil {
+			mine[to] = true
+		}
+	}
 	raw, err := os.ReadFile("/proc/self/net/unix")
 	if err != nil {
 		t.Skip(err)
 	}
 	var out []string
 	for line := range strings.Lines(string(raw)) {
-		if f := strings.Fields(line); len(f) > 7 && strings.HasPrefix(f[7], "@") && f[5] == "01" && f[3] == "00010000" {
+		if f := strings.Fields(line); len(f) > 7 && strings.HasPrefix(f[7], "@") && f[3] == "00010000" && mine["socket:["+f[6]+"]"] {
 			out = append(out, f[7])
 		}
 	}
@@ -196,7 +206,7 @@ func TestEtcdDoors(t *testing.T) {
 			t.Fatal(err)
 		}
 		fmt.Fprintf(plain, "GET /version HTTP/1.0\r\n\r\n")
-		plain.SetReadDeadline(time.Now().Add(2 * time.Second))
+		plain.SetReadDeadline(time.Now().Add(20 * time.Second))
 		answer, _ := bufio.NewReader(plain).ReadString('\n')
 		if strings.Contains(answer, "200") {
 			t.Errorf("plain text at %s: %q", addr, answer)
@@ -238,7 +248,7 @@ func greet(addr string, files EtcdTLS) error {
 	if _, err := fmt.Fprintf(conn, "GET /version HTTP/1.0\r\n\r\n"); err != nil {
 		return err
 	}
-	conn.SetReadDeadline(time.Now().Add(5 * time.Second))
+	conn.SetReadDeadline(time.Now().Add(time.Minute))
 	_, err = bufio.NewReader(conn).ReadString('\n')
 	return err
 }
@@ -247,7 +257,7 @@ func greet(addr string, files EtcdTLS) error {
 func TestEtcdOptions(t *testing.T) {
 	dir := privateDir(t)
 	open := filepath.Join(dir, "open")
-	if err := os.Mkdir(open, 0o755); err != nil {
+	if err := errors.Join(os.Mkdir(open, 0o755), os.Chmod(open, 0o755)); err != nil { // whatever the umask
 		t.Fatal(err)
 	}
 	good := filepath.Join(dir, "etcd")
@@ -330,7 +340,7 @@ func TestEtcdMembers(t *testing.T) {
 
 func promote(t *testing.T, s *EtcdServer, name string) {
 	t.Helper()
-	for end := time.Now().Add(20 * time.Second); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
+	for end := time.Now().Add(time.Minute); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
 		members, err := s.Members(testContext(t))
 		if err != nil {
 			t.Fatal(err)
@@ -403,7 +413,7 @@ func TestStopped(t *testing.T) {
 	}
 	took := time.Since(start)
 	t.Logf("taken over after %v", took)
-	if took > 4*time.Second || took < atoll.LeaseTTL-renewEvery-500*time.Millisecond {
+	if took < (atoll.LeaseTTL-renewEvery)/2 { // the last renewal may have been late
 		t.Errorf("taken over after %v", took)
 	}
 	if err := cmd.Process.Signal(syscall.SIGCONT); err != nil {
@@ -503,4 +513,132 @@ func BenchmarkIdle(b *testing.B) {
 	}
 	used := time.Duration(after.Utime.Nano() + after.Stime.Nano() - before.Utime.Nano() - before.Stime.Nano())
 	b.ReportMetric(100*used.Seconds()/3, "%cpu")
+}
+
+// A renewal that gets no answer, since the leader it was sent to is dead, does
+// not keep the next one from being answered.
+func TestHedge(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithTimeout(t.Context(), renewTimeout)
+		defer cancel()
+		start, begun := time.Now(), 0
+		err := hedge(ctx, renewAgain, 1, func(answer chan<- error) {
+			if begun++; begun == 3 {
+				go func() { answer <- atoll.ErrNotExist }()
+			}
+		})
+		if !errors.Is(err, atoll.ErrNotExist) || time.Since(start) != 2*renewAgain {
+			t.Errorf("after %v and %d calls: %v", time.Since(start), begun, err)
+		}
+		if err := hedge(ctx, renewAgain, 1, func(chan<- error) {}); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("without any answer: %v", err)
+		}
+	})
+}
+
+// relay leads connections on to another socket. While it is frozen it takes
+// everything and answers nothing, as a stopped process or a cut link does.
+type relay struct {
+	path   string
+	frozen atomic.Bool
+	wg     sync.WaitGroup
+}
+
+func newRelay(t *testing.T, to string) *relay {
+	t.Helper()
+	r := &relay{path: filepath.Join(privateDir(t), "r.sock")}
+	l, err := net.Listen("unix", r.path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, stop := context.WithCancel(context.Background())
+	r.wg.Go(func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			up, err := net.Dial("unix", to)
+			if err != nil {
+				c.Close()
+				continue
+			}
+			context.AfterFunc(ctx, func() { c.Close(); up.Close() })
+			r.wg.Go(func() { r.copy(up, c) })
+			r.wg.Go(func() { r.copy(c, up) })
+		}
+	})
+	t.Cleanup(func() {
+		r.frozen.Store(false)
+		l.Close()
+		stop()
+		r.wg.Wait()
+	})
+	return r
+}
+
+func (r *relay) copy(to, from net.Conn) {
+	defer to.Close()
+	for p := make([]byte, 32<<10); ; {
+		n, err := from.Read(p)
+		for r.frozen.Load() {
+			time.Sleep(10 * time.Millisecond)
+		}
+		if n > 0 {
+			if _, err := to.Write(p[:n]); err != nil {
+				return
+			}
+		}
+		if err != nil {
+			return
+		}
+	}
+}
+
+// A session outlives the member that it was renewed through, and the catalog
+// goes on through another. A machine that stalls may cost the session its lease
+// for that alone, so a lost one gets more chances.
+func TestMemberFallsSilent(t *testing.T) {
+	t.Parallel()
+	dir := privateDir(t)
+	socket := filepath.Join(dir, "s", "client.sock")
+	srv := startEtcd(t, EtcdOptions{Dir: filepath.Join(dir, "etcd"), Name: "one", ClientSocket: socket, Log: testLog(t)})
+	defer srv.Close()
+	a, b := newRelay(t, socket), newRelay(t, socket)
+	kv, err := DialEtcd([]string{"unix://" + a.path, "unix://" + b.path}, nil, testLog(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer kv.Close()
+	c := openCatalog(t, kv)
+	defer c.Close()
+	kept, lost := 0, 0
+	for kept < 2 {
+		ses := openSession(t, c, "a")
+		_, at, _ := kv.client()
+		r := []*relay{a, b}[at]
+		r.frozen.Store(true)
+		must(c.CreateMedium(t.Context(), Medium{Name: fmt.Sprint("v", kept, lost), Kind: KindVolume, Size: 1 << 20}))(t)
+		second := openSession(t, c, "b") // seen by the watch
+		for start := time.Now(); c.State().Processes[second.ID()].ID != second.ID(); time.Sleep(10 * time.Millisecond) {
+			if time.Since(start) > time.Minute {
+				t.Fatal("the watch does not go on")
+			}
+		}
+		select {
+		case <-ses.Lost():
+			if lost++; lost > 4 {
+				t.Fatal("the session was lost each time")
+			}
+		case <-time.After(atoll.LeaseUse + atoll.LeaseUse/4):
+			kept++
+		}
+		r.frozen.Store(false)
+		for _, s := range []*Session{ses, second} {
+			if err := s.Close(t.Context()); err != nil && !errors.Is(err, atoll.ErrTimeout) {
+				t.Error(err)
+			}
+		}
+	}
+	t.Logf("%d sessions outlived the member, %d did not", kept, lost)
 }

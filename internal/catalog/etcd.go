@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -18,53 +19,114 @@ import (
 
 // Etcd is a KV on an etcd cluster: the embedded one (EtcdServer.KV) or any other
 // (DialEtcd).
+//
+// With several endpoints it uses one until a request there goes without an
+// answer, and then the next: a member may be dead, stopped, or cut off from the
+// others, and what counts on a lease cannot wait until its connection breaks.
 type Etcd struct {
-	client *clientv3.Client
-	own    bool // Close closes the client
-	// renew renews a lease within the process; nil: by the client.
-	renew func(ctx context.Context, id LeaseID) error
+	clients []*clientv3.Client // one for each endpoint
+	own     bool               // Close closes the clients
+	// renew renews a lease within the process; nil: by the clients.
+	renew    func(ctx context.Context, id LeaseID) error
+	renewals sync.WaitGroup // joined by Close
+	mu       struct {
+		sync.Mutex               // held for memory work only
+		at         int           // of clients, which is used
+		moved      chan struct{} // closed when at changes
+	}
 }
 
 var _ KV = (*Etcd)(nil)
 
 // NewEtcd returns the KV of a client, which the caller closes.
-func NewEtcd(client *clientv3.Client) *Etcd { return &Etcd{client: client} }
+func NewEtcd(client *clientv3.Client) *Etcd { return newEtcd(client) }
 
-// DialEtcd connects to an etcd cluster. An endpoint is "host:port", an http or
-// https URL, or "unix:///path". config is nil for a cluster without TLS, which
-// must not be reachable by others. It does not wait for the cluster to answer.
-func DialEtcd(endpoints []string, config *tls.Config, log *slog.Logger) (*Etcd, error) {
-	client, err := clientv3.New(clientv3.Config{
-		Endpoints:            endpoints,
-		TLS:                  config,
-		DialKeepAliveTime:    2 * time.Second,
-		DialKeepAliveTimeout: 2 * time.Second,
-		Logger:               zapLogger(log, new(atomic.Bool)),
-	})
-	if err != nil {
-		return nil, fmt.Errorf("dial etcd %v: %w: %w", endpoints, err, atoll.ErrInvalid)
-	}
-	return &Etcd{client: client, own: true}, nil
+func newEtcd(clients ...*clientv3.Client) *Etcd {
+	e := &Etcd{clients: clients}
+	e.mu.moved = make(chan struct{})
+	return e
 }
 
-// Close ends the connection that DialEtcd made, and its watches.
+// DialEtcd connects to an etcd cluster. An endpoint is "host:port", an http or
+// https URL, or "unix:///path"; several are members of the same cluster. config
+// is nil for a cluster without TLS, which must not be reachable by others. It
+// does not wait for the cluster to answer.
+func DialEtcd(endpoints []string, config *tls.Config, log *slog.Logger) (*Etcd, error) {
+	e := newEtcd()
+	e.own = true
+	for _, endpoint := range endpoints {
+		client, err := clientv3.New(clientv3.Config{
+			Endpoints:            []string{endpoint},
+			TLS:                  config,
+			DialKeepAliveTime:    2 * time.Second,
+			DialKeepAliveTimeout: 2 * time.Second,
+			Logger:               zapLogger(log, new(atomic.Bool)),
+		})
+		if err != nil {
+			_ = e.Close()
+			return nil, fmt.Errorf("dial etcd at %s: %w: %w", endpoint, err, atoll.ErrInvalid)
+		}
+		e.clients = append(e.clients, client)
+	}
+	if len(e.clients) == 0 {
+		return nil, fmt.Errorf("dial etcd: no endpoint: %w", atoll.ErrInvalid)
+	}
+	return e, nil
+}
+
+// Close ends the connections that DialEtcd made, and their watches.
 func (e *Etcd) Close() error {
 	if !e.own {
 		return nil
 	}
-	if err := e.client.Close(); err != nil && !errors.Is(err, context.Canceled) {
-		return fmt.Errorf("close etcd client: %w", err)
+	var errs []error
+	for _, c := range e.clients {
+		if err := c.Close(); err != nil && !errors.Is(err, context.Canceled) {
+			errs = append(errs, fmt.Errorf("close etcd client: %w", err))
+		}
 	}
-	return nil
+	e.renewals.Wait()
+	return errors.Join(errs...)
+}
+
+// client returns the client to use, and what closes when it is another one.
+func (e *Etcd) client() (c *clientv3.Client, at int, moved <-chan struct{}) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.clients[e.mu.at], e.mu.at, e.mu.moved
+}
+
+// move has requests go to client to from now on, unless they do not go to client
+// from any more.
+func (e *Etcd) move(from, to int) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.mu.at == from && from != to {
+		e.mu.at = to
+		close(e.mu.moved)
+		e.mu.moved = make(chan struct{})
+	}
+}
+
+// judge gives the error of a request to client at its kind. If that gave no
+// answer, the next request goes to another one.
+func (e *Etcd) judge(at int, err error) error {
+	canceled := errors.Is(err, context.Canceled)
+	err = kind(err)
+	if !canceled && (errors.Is(err, atoll.ErrTimeout) || errors.Is(err, atoll.ErrUnreachable)) {
+		e.move(at, (at+1)%len(e.clients))
+	}
+	return err
 }
 
 // Get implements KV.
 func (e *Etcd) Get(ctx context.Context, key string) (KeyValue, error) {
 	ctx, done := bound(ctx)
 	defer done()
-	resp, err := e.client.Get(ctx, key)
+	c, at, _ := e.client()
+	resp, err := c.Get(ctx, key)
 	if err != nil {
-		return KeyValue{}, fmt.Errorf("get key %s: %w", key, kind(err))
+		return KeyValue{}, fmt.Errorf("get key %s: %w", key, e.judge(at, err))
 	}
 	if len(resp.Kvs) == 0 {
 		return KeyValue{}, fmt.Errorf("get key %s: %w", key, atoll.ErrNotExist)
@@ -84,9 +146,10 @@ func (e *Etcd) Range(ctx context.Context, prefix, after string, limit int) ([]Ke
 	if end != "\x00" && from >= end { // etcd refuses an empty range
 		from, limit = prefix, -1
 	}
-	resp, err := e.client.Get(ctx, from, clientv3.WithRange(end), clientv3.WithLimit(int64(max(limit, 0))))
+	c, at, _ := e.client()
+	resp, err := c.Get(ctx, from, clientv3.WithRange(end), clientv3.WithLimit(int64(max(limit, 0))))
 	if err != nil {
-		return nil, 0, fmt.Errorf("list keys under %s: %w", prefix, kind(err))
+		return nil, 0, fmt.Errorf("list keys under %s: %w", prefix, e.judge(at, err))
 	}
 	if limit < 0 {
 		return nil, resp.Header.Revision, nil
@@ -121,9 +184,10 @@ func (e *Etcd) Txn(ctx context.Context, t Txn) (TxnResult, error) {
 			then = append(then, clientv3.OpPut(op.Key, string(op.Value), clientv3.WithLease(clientv3.LeaseID(op.Lease))))
 		}
 	}
-	resp, err := e.client.Txn(ctx).If(cmps...).Then(then...).Else(reads...).Commit()
+	c, at, _ := e.client()
+	resp, err := c.Txn(ctx).If(cmps...).Then(then...).Else(reads...).Commit()
 	if err != nil {
-		return TxnResult{}, fmt.Errorf("run transaction: %w", kind(err))
+		return TxnResult{}, fmt.Errorf("run transaction: %w", e.judge(at, err))
 	}
 	res := TxnResult{OK: resp.Succeeded, Rev: resp.Header.Revision}
 	for i, key := range t.Read {
@@ -150,9 +214,10 @@ func compare(c Cmp) clientv3.Cmp {
 func (e *Etcd) Grant(ctx context.Context, ttl time.Duration) (LeaseID, error) {
 	ctx, done := bound(ctx)
 	defer done()
-	resp, err := e.client.Grant(ctx, int64((ttl+time.Second-1)/time.Second))
+	c, at, _ := e.client()
+	resp, err := c.Grant(ctx, int64((ttl+time.Second-1)/time.Second))
 	if err != nil {
-		return 0, fmt.Errorf("grant lease: %w", kind(err))
+		return 0, fmt.Errorf("grant lease: %w", e.judge(at, err))
 	}
 	return LeaseID(resp.ID), nil
 }
@@ -161,14 +226,30 @@ func (e *Etcd) Grant(ctx context.Context, ttl time.Duration) (LeaseID, error) {
 func (e *Etcd) KeepAlive(ctx context.Context, id LeaseID) error {
 	ctx, done := bound(ctx)
 	defer done()
-	var err error
 	if e.renew != nil {
-		err = e.renew(ctx, id)
-	} else {
-		_, err = e.client.KeepAliveOnce(ctx, clientv3.LeaseID(id))
+		if err := e.renew(ctx, id); err != nil {
+			return fmt.Errorf("renew lease %x: %w", id, kind(err))
+		}
+		return nil
 	}
+	_, at, _ := e.client()
+	next := at
+	err := hedge(ctx, renewAgain, len(e.clients), func(answer chan<- error) {
+		to := next
+		next = (next + 1) % len(e.clients)
+		e.renewals.Go(func() {
+			_, err := e.clients[to].KeepAliveOnce(ctx, clientv3.LeaseID(id))
+			if err == nil {
+				e.move(at, to)
+			}
+			select {
+			case answer <- err:
+			case <-ctx.Done():
+			}
+		})
+	})
 	if err != nil {
-		return fmt.Errorf("renew lease %x: %w", id, kind(err))
+		return fmt.Errorf("renew lease %x: %w", id, e.judge(at, err))
 	}
 	return nil
 }
@@ -177,9 +258,10 @@ func (e *Etcd) KeepAlive(ctx context.Context, id LeaseID) error {
 func (e *Etcd) Revoke(ctx context.Context, id LeaseID) error {
 	ctx, done := bound(ctx)
 	defer done()
-	_, err := e.client.Revoke(ctx, clientv3.LeaseID(id))
+	c, at, _ := e.client()
+	_, err := c.Revoke(ctx, clientv3.LeaseID(id))
 	if err != nil && !errors.Is(err, rpctypes.ErrLeaseNotFound) {
-		return fmt.Errorf("revoke lease %x: %w", id, kind(err))
+		return fmt.Errorf("revoke lease %x: %w", id, e.judge(at, err))
 	}
 	return nil
 }
@@ -187,25 +269,43 @@ func (e *Etcd) Revoke(ctx context.Context, id LeaseID) error {
 // Watch implements KV.
 func (e *Etcd) Watch(ctx context.Context, prefix string, rev int64) <-chan WatchBatch {
 	out := make(chan WatchBatch)
-	in := e.client.Watch(clientv3.WithRequireLeader(ctx), prefix, clientv3.WithPrefix(), clientv3.WithRev(rev))
+	c, _, moved := e.client()
+	wctx, stop := context.WithCancel(clientv3.WithRequireLeader(ctx))
+	in := c.Watch(wctx, prefix, clientv3.WithPrefix(), clientv3.WithRev(rev))
 	go func() { // ends with in, which ends with ctx or the client
 		defer close(out)
-		for resp := range in {
-			b := WatchBatch{Err: watchError(resp)}
-			for _, ev := range resp.Events {
-				b.Events = append(b.Events, Event{KeyValue: keyValue(ev.Kv), Deleted: ev.Type == mvccpb.DELETE})
-			}
-			if b.Err == nil && len(b.Events) == 0 {
-				continue
+		defer stop()
+		for {
+			b := WatchBatch{Err: fmt.Errorf("watch: the member gave no answer: %w", atoll.ErrUnreachable)}
+			select {
+			case <-moved:
+			case resp, ok := <-in:
+				if !ok {
+					return
+				}
+				if b = batch(resp); b.Err == nil && len(b.Events) == 0 {
+					continue
+				}
 			}
 			select {
 			case out <- b:
 			case <-ctx.Done():
 				return
 			}
+			if b.Err != nil {
+				return
+			}
 		}
 	}()
 	return out
+}
+
+func batch(resp clientv3.WatchResponse) WatchBatch {
+	b := WatchBatch{Err: watchError(resp)}
+	for _, ev := range resp.Events {
+		b.Events = append(b.Events, Event{KeyValue: keyValue(ev.Kv), Deleted: ev.Type == mvccpb.DELETE})
+	}
+	return b
 }
 
 func watchError(resp clientv3.WatchResponse) error {

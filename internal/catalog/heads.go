@@ -50,6 +50,11 @@ func (c *Catalog) AcquireIdle(ctx context.Context, id atoll.MediumID, s *Session
 	return c.acquire(ctx, id, s, true, MediumLive, MediumTrashed, MediumDetached)
 }
 
+// AcquireTrashed is Acquire for a medium in the trash, for whoever checks it.
+func (c *Catalog) AcquireTrashed(ctx context.Context, id atoll.MediumID, s *Session) (Head, error) {
+	return c.acquire(ctx, id, s, MediumTrashed)
+}
+
 // AcquireDeleting is Acquire for a medium in state MediumDeleting, for whoever
 // finishes its deletion.
 func (c *Catalog) AcquireDeleting(ctx context.Context, id atoll.MediumID, s *Session) (Head, error) {

@@ -203,12 +203,24 @@ func (s *Session) gone() error {
 func (c *Catalog) EndSession(ctx context.Context, id atoll.UUID) error {
 	ctx, done := bound(ctx)
 	defer done()
-	kv, err := c.kv.Get(ctx, processKey(id))
-	if err == nil && kv.Lease != 0 {
-		err = c.kv.Revoke(ctx, kv.Lease)
+	got, err := c.read(ctx, processKey(id))
+	if err == nil && got[0].Lease != 0 {
+		err = c.revoke(ctx, got[0].Lease)
 	}
 	if err != nil && !errors.Is(err, atoll.ErrNotExist) {
 		return fmt.Errorf("end session of process %v: %w", id, err)
 	}
 	return nil
+}
+
+// revoke ends a lease, asking again while the store does not answer.
+func (c *Catalog) revoke(ctx context.Context, id LeaseID) error {
+	for wait := retryWait; ; wait = min(2*wait, retryMax) {
+		try, done := context.WithTimeout(ctx, tryTimeout)
+		err := c.kv.Revoke(try, id)
+		done()
+		if err == nil || definite(err) || sleep(ctx, wait) != nil {
+			return err
+		}
+	}
 }

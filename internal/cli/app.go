@@ -27,12 +27,16 @@ type App struct {
 
 	server     string
 	tokenFile  string
+	user       string // to act as; empty: root, by the token or the socket
+	asked      string // the user's password, as typed
 	output     string
 	format     string // rbd's spelling of output
 	exact      bool
 	quiet      bool
 	noProgress bool
-	timeout    time.Duration
+
+	passwordFile string
+	timeout      time.Duration
 }
 
 // New returns the command tree with the client's commands. The caller adds those
@@ -59,6 +63,8 @@ then "atoll volume create".`,
 	f := root.PersistentFlags()
 	f.StringVar(&app.server, "server", envOr("ATOLL_SERVER", ""), "server to talk to: unix:/path, host:port or URL; default the one here (env ATOLL_SERVER)")
 	f.StringVar(&app.tokenFile, "token-file", envOr("ATOLL_TOKEN_FILE", ""), "file with the credential for a server on TCP (env ATOLL_TOKEN_FILE, or ATOLL_TOKEN)")
+	f.StringVar(&app.user, "user", envOr("ATOLL_USER", ""), "act as this user, not as root; its password is in ATOLL_PASSWORD or is asked for (env ATOLL_USER)")
+	f.StringVar(&app.passwordFile, "password-file", envOr("ATOLL_PASSWORD_FILE", ""), "file with the password of --user (env ATOLL_PASSWORD_FILE)")
 	f.StringVarP(&app.output, "output", "o", "table", "output: table, json or jsonl")
 	f.StringVar(&app.format, "format", "", "output, as rbd calls it: plain or json")
 	_ = f.MarkHidden("format") // fails only for a flag that is not there
@@ -193,7 +199,7 @@ func envOr(name, def string) string {
 }
 
 // dial connects to the server that the flags name, or to the one running here.
-func (a *App) dial() (*api.Client, error) {
+func (a *App) dial() (_ *api.Client, err error) {
 	addr := a.server
 	if addr == "" {
 		addr = "unix:" + api.DefaultSocket()
@@ -217,7 +223,44 @@ func (a *App) dial() (*api.Client, error) {
 	if hash, ok := caHash(token); ok && strings.HasPrefix(addr, "https://") {
 		conf = pki.PinnedTLS(hash, nil)
 	}
-	return api.NewClient(addr, token, conf)
+	cred := api.Credential{Token: token}
+	if cred.User, cred.Password, err = a.login(); err != nil {
+		return nil, err
+	}
+	return api.NewClient(addr, cred, conf)
+}
+
+// login returns the user to act as and the password, empty for none. On a terminal
+// the password is asked for, once.
+func (a *App) login() (user, password string, err error) {
+	if a.user == "" {
+		return "", "", nil
+	}
+	password, given := os.LookupEnv("ATOLL_PASSWORD")
+	switch {
+	case a.passwordFile != "":
+		text, err := os.ReadFile(a.passwordFile)
+		if err != nil {
+			return "", "", fmt.Errorf("read password: %v: %w", err, atoll.ErrInvalid)
+		}
+		password = strings.TrimRight(string(text), "\r\n")
+	case given:
+	case a.asked != "":
+		password = a.asked
+	default:
+		in, ok := a.In.(*os.File)
+		if !ok || !term.IsTerminal(int(in.Fd())) {
+			return "", "", usagef("user %s: no password; give it in ATOLL_PASSWORD or with --password-file", a.user)
+		}
+		fmt.Fprintf(a.Err, "password of %s: ", a.user)
+		b, err := term.ReadPassword(int(in.Fd()))
+		fmt.Fprintln(a.Err)
+		if err != nil {
+			return "", "", fmt.Errorf("read password: %w", err)
+		}
+		password, a.asked = string(b), string(b)
+	}
+	return a.user, password, nil
 }
 
 // caHash takes the hash of the cluster's authority out of a credential,
@@ -247,8 +290,12 @@ func (a *App) work(ctx context.Context, fn func(ctx context.Context, c *api.Clie
 	}
 	defer c.Close()
 	err = fn(ctx, c)
-	if errors.Is(err, atoll.ErrUnreachable) && api.Hint(err) == "" {
+	switch {
+	case api.Hint(err) != "":
+	case errors.Is(err, atoll.ErrUnreachable):
 		err = api.WithHint(err, `is the server running? Try "atoll doctor"`)
+	case errors.Is(err, atoll.ErrDenied) && c.Anonymous():
+		err = api.WithHint(err, `--token-file names a file with root's token (the file "credential" in the server's data directory), --user a user`)
 	}
 	return err
 }

@@ -57,7 +57,7 @@ func (a *App) volumeBench() *cobra.Command {
 	cmd.Flags().BoolVar(&o.fua, "fua", false, "make each write durable before its reply")
 	cmd.Flags().BoolVarP(&yes, "yes", "y", false, "do not ask before overwriting")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		size, err := ParseSize(o.blockStr)
+		size, err := parseSize(o.blockStr)
 		if err != nil {
 			return err
 		}

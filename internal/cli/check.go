@@ -111,7 +111,8 @@ read and verified, and what is damaged is mended.
 
 With --data, the data of a server that is stopped are checked where they lie;
 name its --disk directories, too, if it has some. That is possible for a server
-that is a cluster by itself. Deleted volumes that clones need are checked, too.
+that is a cluster by itself. Without names, volumes in the trash and deleted ones
+that clones need are checked, too.
 
 Exit code 8: something is damaged and could not be repaired. Exit code 7: all
 that could be looked at is well, but not all could be.`,
@@ -165,27 +166,30 @@ type checkSum struct {
 	broken                     error // of printing
 }
 
-// online checks volumes of a cluster.
+// online checks volumes of a cluster: those named, or all, also those in the trash
+// and deleted ones that clones need.
 func (s *checkSum) online(ctx context.Context, c *api.Client, names []string) error {
-	given := len(names) > 0
+	what, given := map[string]*atollv1.CheckVolumeRequest{}, len(names) > 0
+	for _, name := range names {
+		what[name] = &atollv1.CheckVolumeRequest{Name: name}
+	}
 	if !given {
-		list, err := listVolumes(ctx, c)
-		if err != nil {
+		var err error
+		if names, err = everything(ctx, c, what); err != nil {
 			return err
-		}
-		for _, v := range list {
-			names = append(names, v.Name)
 		}
 	}
 	for _, name := range names {
 		one, cancel := context.WithTimeout(ctx, s.a.timeout)
-		r, err := c.Volumes.CheckVolume(one, connect.NewRequest(&atollv1.CheckVolumeRequest{Name: name, ReadAll: s.read}))
+		req := what[name]
+		req.ReadAll = s.read
+		r, err := c.Volumes.CheckVolume(one, connect.NewRequest(req))
 		cancel()
 		switch {
 		case ctx.Err() != nil:
 			return ctx.Err()
 		case err != nil && !given && errors.Is(err, atoll.ErrNotExist):
-			// removed meanwhile
+			// removed, restored or purged meanwhile
 		case err != nil:
 			s.add(name, nil, s.a.didYouMean(ctx, c, name, err))
 		default:
@@ -193,6 +197,36 @@ func (s *checkSum) online(ctx context.Context, c *api.Client, names []string) er
 		}
 	}
 	return nil
+}
+
+// everything lists what there is to check, in order, and adds how to ask for it.
+func everything(ctx context.Context, c *api.Client, what map[string]*atollv1.CheckVolumeRequest) (names []string, err error) {
+	add := func(name string, r *atollv1.CheckVolumeRequest) {
+		names = append(names, name)
+		what[name] = r
+	}
+	list, err := listVolumes(ctx, c)
+	if err != nil {
+		return nil, err
+	}
+	for _, v := range list {
+		add(v.Name, &atollv1.CheckVolumeRequest{Name: v.Name})
+	}
+	trash, err := listTrash(ctx, c)
+	if err != nil {
+		return nil, err
+	}
+	for _, e := range trash {
+		add(fmt.Sprintf("%s (in the trash, %s)", e.Path, e.Id), &atollv1.CheckVolumeRequest{Id: e.Id})
+	}
+	st, err := c.Cluster.GetStatus(ctx, connect.NewRequest(&atollv1.GetStatusRequest{}))
+	if err != nil {
+		return nil, err
+	}
+	for _, k := range st.Msg.Kept {
+		add(fmt.Sprintf("%s (deleted, %s)", k.Name, k.Id), &atollv1.CheckVolumeRequest{Id: k.Id})
+	}
+	return names, nil
 }
 
 // add takes an outcome in and prints its line.

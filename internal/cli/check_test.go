@@ -14,22 +14,36 @@ import (
 )
 
 // checkServer has a volume in each state that a check may find.
-type checkServer struct{ fakeServer }
+type checkServer struct {
+	fakeServer
+	trash []*atollv1.TrashEntry
+	kept  []*atollv1.KeptMedium
+}
 
-func (f *checkServer) CheckVolume(_ context.Context, name string, read bool) (*atollv1.CheckVolumeResponse, error) {
-	switch name {
+func (f *checkServer) CheckVolume(_ context.Context, r *atollv1.CheckVolumeRequest) (*atollv1.CheckVolumeResponse, error) {
+	switch r.Name + r.Id {
 	case "hurt":
 		return &atollv1.CheckVolumeResponse{Blocks: 7, Problems: []string{"block 3 is gone"}}, nil
 	case "away":
 		return &atollv1.CheckVolumeResponse{Blocks: 7, Unchecked: []string{"node 2 is down"}}, nil
-	case "gone":
-		return nil, fmt.Errorf("volume %q: %w", name, atoll.ErrNotExist)
+	case "t2":
+		return &atollv1.CheckVolumeResponse{Blocks: 9}, nil
+	case "gone", "t1":
+		return nil, fmt.Errorf("volume %q: %w", r.Name+r.Id, atoll.ErrNotExist)
 	}
-	r := &atollv1.CheckVolumeResponse{Blocks: 5}
-	if read {
-		r.CheckedBytes = 3 << 20
+	out := &atollv1.CheckVolumeResponse{Blocks: 5}
+	if r.ReadAll {
+		out.CheckedBytes = 3 << 20
 	}
-	return r, nil
+	return out, nil
+}
+
+func (f *checkServer) ListTrash(context.Context, *atollv1.ListTrashRequest) (*atollv1.ListTrashResponse, error) {
+	return &atollv1.ListTrashResponse{Entries: f.trash}, nil
+}
+
+func (f *checkServer) Status(context.Context) (*atollv1.GetStatusResponse, error) {
+	return &atollv1.GetStatusResponse{Kept: f.kept}, nil
 }
 
 // runCheck runs "atoll check" with what checks a stopped server.
@@ -80,8 +94,19 @@ func TestCheckAll(t *testing.T) {
 			}
 		}
 	}
+	// With all, what is in the trash, and deleted ones that clones need.
+	f.volumes = []*atollv1.Volume{{Name: "a"}}
+	f.trash = []*atollv1.TrashEntry{{Id: "t1", Path: "purged"}, {Id: "t2", Path: "old"}}
+	f.kept = []*atollv1.KeptMedium{{Id: "hurt", Name: "parent"}}
+	code, out, _ := runCheck(t, nil)
+	for _, s := range []string{"consistent  a: 5", "consistent  old (in the trash, t2): 9 ", "damaged     parent (deleted, hurt): "} {
+		if !strings.Contains(out, s) || code != ExitDamaged {
+			t.Errorf("%d, no %q in\n%s", code, s, out)
+		}
+	}
+	f.trash, f.kept = nil, nil
 	f.volumes = []*atollv1.Volume{{Name: "a"}, {Name: "hurt"}}
-	code, out, _ := runCheck(t, nil, "-o", "json")
+	code, out, _ = runCheck(t, nil, "-o", "json")
 	var got []struct {
 		Name, State string
 		Check       struct{ Blocks int }

@@ -40,15 +40,16 @@ func (a *App) volumeImport() *cobra.Command {
 		Short: "Make a volume from a disk image; - reads standard input",
 		Long: `Make a volume from a raw disk image, or with --export-format 2 from an image
 with all its versions, as this program and rbd export them. Holes and zeros take
-no room. The volume gets the image's size, rounded up to 4 KiB, unless --size
-says more. When import returns, every byte is on stable storage on all copies.
-If it fails, a volume that it made is removed again.`,
+no room. The volume gets the image's size, unless --size says more: exports give
+back exactly as many bytes, NBD clients see it rounded up to 4 KiB. When import
+returns, every byte is on stable storage on all copies. If it fails, a volume
+that it made is removed again.`,
 		Example: "  atoll volume import disk.img disk1\n  zstdcat disk.img.zst | atoll volume import - disk1\n  atoll volume import disk1.rbd disk1 --export-format 2",
 		Args:    fileAndName(&path, &dest, true, "an image file (or -) and a name"),
 		RunE: func(cmd *cobra.Command, _ []string) (err error) {
 			o.req.Name = volumeName(dest)
 			if sizeText != "" {
-				if o.req.SizeBytes, err = ParseSize(sizeText); err != nil {
+				if o.req.SizeBytes, err = parseSize(sizeText); err != nil {
 					return err
 				}
 			}
@@ -63,6 +64,7 @@ If it fails, a volume that it made is removed again.`,
 			case format == 2:
 				return a.importImage(cmd, path, o, t)
 			}
+			o.exact = sizeText == ""
 			return a.runImport(cmd, path, o, t)
 		},
 	}
@@ -83,6 +85,7 @@ type importOptions struct {
 	layout    func(*rbdstream.Header) // may be nil
 	overwrite bool
 	exact     bool // keep the exact size beside the volume
+	empty     bool // an image without a byte is one, too
 }
 
 // addCreateFlags adds the flags of commands that make a volume.
@@ -203,8 +206,9 @@ func (a *App) runImport(cmd *cobra.Command, path string, o *importOptions, t tra
 // importRaw makes a volume of a raw image, or writes it into one.
 func (a *App) importRaw(cmd *cobra.Command, src source, o *importOptions, t transferFlags) (v *atollv1.Volume, res transfer.Result, err error) {
 	req, overwrite := &o.req, o.overwrite
-	if src.size == 0 && !o.exact {
-		return nil, res, fmt.Errorf("image %s is empty: %w", src.name, atoll.ErrInvalid)
+	empty := fmt.Errorf("image %s is empty: %w", src.name, atoll.ErrInvalid)
+	if src.size == 0 && !o.empty {
+		return nil, res, empty
 	}
 	fit := src.size < 0 && req.SizeBytes == 0 // make it as large as what comes
 	if req.SizeBytes == 0 {
@@ -231,12 +235,22 @@ func (a *App) importRaw(cmd *cobra.Command, src source, o *importOptions, t tran
 		return nil, res, err
 	}
 	res, err = a.copyIn(cmd.Context(), v, src, !overwrite, t)
+	if err == nil && res.Bytes == 0 && !o.empty {
+		err = empty
+	}
 	if err == nil && fit {
 		err = a.resizeTo(cmd, req.Name, roundUp(res.Bytes))
 	}
-	if err == nil && o.exact {
+	exact := int64(-1) // to be kept from now on
+	switch {
+	case !overwrite && o.exact:
+		exact = res.Bytes
+	case overwrite && res.Bytes > exactSize(v.Properties, v.SizeBytes):
+		exact = v.SizeBytes
+	}
+	if err == nil && exact >= 0 {
 		err = a.Call(cmd, func(ctx context.Context, c *api.Client) error {
-			return keepSize(ctx, c, req.Name, v.Properties, res.Bytes)
+			return keepSize(ctx, c, req.Name, v.Properties, exact)
 		})
 	}
 	if err != nil && !overwrite {

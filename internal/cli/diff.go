@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"strconv"
 
+	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
@@ -147,7 +148,14 @@ state, the data that changed since the version before it.`,
 					}
 					all = append(all, u...)
 				}
-				return a.printUsage(all)
+				if err := a.printUsage(all); err != nil || len(args) > 0 {
+					return err
+				}
+				st, err := c.Cluster.GetStatus(ctx, connect.NewRequest(&atollv1.GetStatusRequest{}))
+				if err == nil {
+					a.hintKept(st.Msg.Kept)
+				}
+				return err
 			})
 		},
 	}

@@ -43,7 +43,7 @@ func (l *layoutFlags) override() (func(*rbdstream.Header), error) {
 	}
 	order, unit := l.order, int64(0)
 	if l.objectSize != "" {
-		n, err := ParseSize(l.objectSize)
+		n, err := parseSize(l.objectSize)
 		if err != nil || n < 4096 || n > 32<<20 {
 			return nil, usagef("--object-size %s: want 4K to 32M", l.objectSize)
 		}
@@ -53,7 +53,7 @@ func (l *layoutFlags) override() (func(*rbdstream.Header), error) {
 		return nil, usagef("--order %d: want 12 to 25", order)
 	}
 	if l.stripeUnit != "" {
-		n, err := ParseSize(l.stripeUnit)
+		n, err := parseSize(l.stripeUnit)
 		if err != nil || n <= 0 {
 			return nil, usagef("--stripe-unit %s: want a size", l.stripeUnit)
 		}

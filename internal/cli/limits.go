@@ -139,7 +139,7 @@ func parseLimit(text string, bytes bool) (*atollv1.Limit, error) {
 	for i, to := range []*int64{&l.Rate, &l.Burst, &l.BurstSeconds}[:len(parts)] {
 		var err error
 		if bytes && i < 2 {
-			*to, err = ParseSize(parts[i])
+			*to, err = parseSize(parts[i])
 		} else if *to, err = strconv.ParseInt(strings.TrimSuffix(parts[i], "s"), 10, 64); err != nil {
 			err = usagef("%q is not a number", parts[i])
 		}

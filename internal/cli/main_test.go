@@ -63,7 +63,7 @@ func (f *fakeServer) DeleteVolume(ctx context.Context, r *atollv1.DeleteVolumeRe
 	return &atollv1.DeleteVolumeResponse{Bytes: 5 << 20}, nil
 }
 
-func (f *fakeServer) CheckVolume(context.Context, string, bool) (*atollv1.CheckVolumeResponse, error) {
+func (f *fakeServer) CheckVolume(context.Context, *atollv1.CheckVolumeRequest) (*atollv1.CheckVolumeResponse, error) {
 	return f.check, nil
 }
 

@@ -197,8 +197,8 @@ func FormatSize(n int64) string {
 	return ""
 }
 
-// ParseSize is atoll.ParseSize for the command line.
-func ParseSize(s string) (int64, error) {
+// parseSize is atoll.ParseSize for the command line.
+func parseSize(s string) (int64, error) {
 	n, err := atoll.ParseSize(s)
 	if err != nil {
 		return 0, usageError{err}

@@ -17,17 +17,17 @@ func TestParseSize(t *testing.T) {
 		"0B": 0, "4096B": 4096, "1k": 1024, "1KiB": 1024, "1KB": 1000, "512M": 512 << 20, "10G": 10 << 30, "10GiB": 10 << 30,
 		"10gib": 10 << 30, "10GB": 1e10, "1.5G": 3 << 29, "64T": 64 << 40, "0.5K": 512, "1P": 1 << 50, "4194304T": 1 << 62,
 	} {
-		if got, err := ParseSize(text); got != want || err != nil {
+		if got, err := parseSize(text); got != want || err != nil {
 			t.Errorf("%s: %d, %v; want %d", text, got, err, want)
 		}
 	}
 	for _, text := range []string{"", "10", "G", "-1G", "1 G", "1GG", "1X", "1.2.3G", "9999999999T", ".G", "1e3G", "١G"} {
-		got, err := ParseSize(text)
+		got, err := parseSize(text)
 		if err == nil || ExitCode(err) != ExitUsage {
 			t.Errorf("%q: %d, %v", text, got, err)
 		}
 	}
-	if _, err := ParseSize("10"); err == nil || !strings.Contains(err.Error(), "10G for GiB") {
+	if _, err := parseSize("10"); err == nil || !strings.Contains(err.Error(), "10G for GiB") {
 		t.Errorf("a bare number: %v", err)
 	}
 }

@@ -291,8 +291,15 @@ func unsupported(hint string) func(*rbdCall) error {
 	}
 }
 
-// nothing is what verbs do that have nothing to do here.
-func nothing(*rbdCall) error { return nil }
+// nothing is what verbs answer that list what is not kept here.
+func nothing(root, of string) func(*rbdCall) error {
+	return func(r *rbdCall) error {
+		if r.structured() {
+			return r.emit(root, list{of: of})
+		}
+		return nil
+	}
+}
 
 // rbdUsage lists the verbs.
 func (a *App) rbdUsage(w io.Writer) {

@@ -22,12 +22,27 @@ func cutLast(path string) (dir, name string, ok bool) {
 	return path[:i], path[i+1:], true
 }
 
-func (r *rbdCall) rename() error {
-	from, err := r.image(snapNone)
-	if err != nil {
-		return err
+// fromTo reads the two images of a command.
+func (r *rbdCall) fromTo(rule int) (from, to spec, err error) {
+	if from, err = r.image(rule); err == nil {
+		to, err = r.dest(snapNone)
 	}
-	to, err := r.dest(snapNone)
+	return from, to, err
+}
+
+// fromNew is fromTo for a command that makes the second image.
+func (r *rbdCall) fromNew(rule int) (from, to spec, o *importOptions, err error) {
+	if from, to, err = r.fromTo(rule); err == nil {
+		o, err = r.newImage(to)
+	}
+	if err == nil {
+		o.properties()
+	}
+	return from, to, o, err
+}
+
+func (r *rbdCall) rename() error {
+	from, to, err := r.fromTo(snapNone)
 	if err != nil {
 		return err
 	}
@@ -41,19 +56,10 @@ func (r *rbdCall) rename() error {
 }
 
 func (r *rbdCall) clone() error {
-	from, err := r.image(snapMust)
+	from, to, o, err := r.fromNew(snapMust)
 	if err != nil {
 		return err
 	}
-	to, err := r.dest(snapNone)
-	if err != nil {
-		return err
-	}
-	o, err := r.newImage(to)
-	if err != nil {
-		return err
-	}
-	o.properties()
 	return r.Call(r.cmd, func(ctx context.Context, c *api.Client) error {
 		m, _, err := r.open(ctx, c, from)
 		if err != nil {
@@ -124,19 +130,10 @@ func (r *rbdCall) copy() error { return r.copyImage(false) }
 func (r *rbdCall) deepCopy() error { return r.copyImage(true) }
 
 func (r *rbdCall) copyImage(history bool) error {
-	from, err := r.image(snapMay)
+	from, to, o, err := r.fromNew(snapMay)
 	if err != nil {
 		return err
 	}
-	to, err := r.dest(snapNone)
-	if err != nil {
-		return err
-	}
-	o, err := r.newImage(to)
-	if err != nil {
-		return err
-	}
-	o.properties()
 	return r.work(r.cmd.Context(), func(ctx context.Context, c *api.Client) error {
 		m, _, err := r.open(ctx, c, from)
 		if err != nil {

@@ -28,12 +28,25 @@ func (r *rbdCall) exportFormat() (int, error) {
 	return 0, &rbdFailure{1, "the argument for option '--export-format' is invalid"}
 }
 
-func (r *rbdCall) export() error {
-	s, err := r.image(snapMay)
-	if err != nil {
-		return err
+// imageToFile reads an image or snapshot and the file to write it to.
+func (r *rbdCall) imageToFile() (s spec, path string, err error) {
+	if s, err = r.image(snapMay); err == nil {
+		path, err = r.path()
 	}
-	path, err := r.path()
+	return s, path, err
+}
+
+// openState opens an image whose snapshot, if one is named, must be there.
+func (r *rbdCall) openState(ctx context.Context, c *api.Client, s spec) (*image, error) {
+	m, _, err := r.open(ctx, c, s)
+	if err == nil && s.version != "" {
+		_, err = m.snapOf(ctx, s.version)
+	}
+	return m, err
+}
+
+func (r *rbdCall) export() error {
+	s, path, err := r.imageToFile()
 	if err != nil {
 		return err
 	}
@@ -42,10 +55,7 @@ func (r *rbdCall) export() error {
 		return err
 	}
 	return r.work(r.cmd.Context(), func(ctx context.Context, c *api.Client) error {
-		m, _, err := r.open(ctx, c, s)
-		if err == nil && s.version != "" {
-			_, err = m.snapOf(ctx, s.version)
-		}
+		m, err := r.openState(ctx, c, s)
 		if err != nil {
 			return err
 		}
@@ -59,19 +69,12 @@ func (r *rbdCall) export() error {
 }
 
 func (r *rbdCall) exportDiff() error {
-	s, err := r.image(snapMay)
-	if err != nil {
-		return err
-	}
-	path, err := r.path()
+	s, path, err := r.imageToFile()
 	if err != nil {
 		return err
 	}
 	return r.work(r.cmd.Context(), func(ctx context.Context, c *api.Client) error {
-		m, _, err := r.open(ctx, c, s)
-		if err == nil && s.version != "" {
-			_, err = m.snapOf(ctx, s.version)
-		}
+		m, err := r.openState(ctx, c, s)
 		if err != nil {
 			return err
 		}

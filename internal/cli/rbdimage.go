@@ -94,7 +94,7 @@ func (r *rbdCall) newImage(s spec) (*importOptions, error) {
 	if err != nil {
 		return nil, err
 	}
-	o := &importOptions{req: atollv1.CreateVolumeRequest{Name: s.name}, exact: true}
+	o := &importOptions{req: atollv1.CreateVolumeRequest{Name: s.name}, exact: true, empty: true}
 	if o.layout, err = l.override(); err != nil {
 		return nil, rbdInvalid("%v", err)
 	}
@@ -377,6 +377,74 @@ func (r *rbdCall) status() error {
 // is there.
 func (r *rbdCall) mustExist() error {
 	return r.with(snapMay, func(context.Context, *api.Client, spec, *image, *atollv1.Volume) error { return nil })
+}
+
+// lockList shows the advisory locks of an image, of which there are none.
+func (r *rbdCall) lockList() error {
+	if err := r.mustExist(); err != nil {
+		return err
+	}
+	return nothing("locks", "lock")(r)
+}
+
+// poolStats counts images and what they may take, also those in the trash.
+func (r *rbdCall) poolStats() error {
+	dir := r.poolDir()
+	return r.Call(r.cmd, func(ctx context.Context, c *api.Client) error {
+		var live, gone poolSum
+		names, err := r.imagesIn(ctx, c, dir)
+		for _, name := range names {
+			m := &image{c: c, name: name}
+			v, verr := m.volume(ctx)
+			l, lerr := m.list(ctx)
+			if err = errors.Join(verr, lerr); err != nil {
+				break
+			}
+			live.add(exactSize(v.Properties, v.SizeBytes), len(l.Versions))
+		}
+		if err != nil {
+			return fail("pool stats failed", err)
+		}
+		all, err := listTrash(ctx, c)
+		if err != nil {
+			return fail("pool stats failed", err)
+		}
+		for _, e := range all {
+			if d, _, _ := cutLast(e.Path); d == dir {
+				gone.add(e.SizeBytes, 0)
+			}
+		}
+		if r.structured() {
+			return r.emit("stats", record{{"images", live.record()}, {"trash", gone.record()}})
+		}
+		fmt.Fprintf(r.Out, "Total Images: %s\n", inTrash(fmt.Sprint(live.images), gone.images, fmt.Sprint(gone.images)))
+		fmt.Fprintf(r.Out, "Total Snapshots: %d\n", live.snaps)
+		fmt.Fprintf(r.Out, "Provisioned Size: %s\n", inTrash(rbdSize(live.bytes), gone.images, rbdSize(gone.bytes)))
+		return nil
+	})
+}
+
+// poolSum is what poolStats counts. Of those in the trash the snapshots are not
+// known.
+type poolSum struct {
+	images, snaps int
+	bytes         int64
+}
+
+func (p *poolSum) add(size int64, snaps int) {
+	p.images, p.bytes, p.snaps = p.images+1, p.bytes+size, p.snaps+snaps
+}
+
+func (p *poolSum) record() record {
+	return record{{"count", p.images}, {"provisioned_bytes", p.bytes}, {"snap_count", p.snaps}}
+}
+
+// inTrash adds to a figure what of it is in the trash, if anything is.
+func inTrash(text string, n int, trash string) string {
+	if n > 0 {
+		text += " (" + trash + " in trash)"
+	}
+	return text
 }
 
 func (r *rbdCall) featureEnable() error  { return r.feature(true) }

@@ -185,12 +185,12 @@ func (r *rbdCall) size(option string, unit int64) (int64, error) {
 	suffix := strings.TrimLeft(text, "0123456789.")
 	if strings.EqualFold(suffix, "e") {
 		text = strings.TrimSuffix(text, suffix) + "P"
-		n, err := ParseSize(text)
+		n, err := parseSize(text)
 		if err == nil && n < 1<<52 {
 			return n << 10, nil
 		}
 	}
-	n, err := ParseSize(text)
+	n, err := parseSize(text)
 	if err != nil {
 		return 0, &rbdFailure{1, fmt.Sprintf("the argument for option '--%s' is invalid", option)}
 	}

@@ -53,11 +53,7 @@ func (a *App) printStatus(s *atollv1.GetStatusResponse) {
 		fmt.Fprintf(a.Out, "repair     %s\n", a.repairText(r))
 	}
 	for _, k := range s.Kept {
-		room := "room not known yet"
-		if k.Bytes > 0 {
-			room = a.size(k.Bytes) + " in each copy"
-		}
-		fmt.Fprintf(a.Out, "kept       %s of %s, which is deleted, for %s\n", room, k.Name, orDash(strings.Join(k.Clones, ", ")))
+		fmt.Fprintf(a.Out, "kept       %s\n", a.keptLine(k))
 	}
 	for _, p := range s.Processes {
 		mark := ""

@@ -62,7 +62,7 @@ func (a *App) volumeCreate() *cobra.Command {
 			return nil
 		},
 		RunE: func(cmd *cobra.Command, args []string) error {
-			size, err := ParseSize(sizeText)
+			size, err := parseSize(sizeText)
 			if err != nil {
 				return err
 			}
@@ -154,7 +154,7 @@ func (a *App) volumeResize() *cobra.Command {
 			return nil
 		},
 		RunE: func(cmd *cobra.Command, args []string) error {
-			size, err := ParseSize(sizeText)
+			size, err := parseSize(sizeText)
 			if err != nil {
 				return err
 			}

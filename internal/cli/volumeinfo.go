@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"strings"
 
+	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
 
 	"github.com/atollstore/atoll/internal/api"
@@ -25,7 +26,11 @@ func (a *App) volumeList() *cobra.Command {
 				if err != nil {
 					return err
 				}
-				return showList(a, &atollv1.ListVolumesResponse{Volumes: all}, all, func() { a.printVolumes(all, long) })
+				return showList(a, &atollv1.ListVolumesResponse{Volumes: all}, all, func() {
+					kept := a.kept(ctx, c, all)
+					a.printVolumes(all, long, kept)
+					a.hintKept(kept)
+				})
 			})
 		},
 	}
@@ -33,7 +38,39 @@ func (a *App) volumeList() *cobra.Command {
 	return cmd
 }
 
-func (a *App) printVolumes(all []*atollv1.Volume, long bool) {
+// kept asks for the deleted volumes whose room clones keep taken, if there may be
+// some. They are a remark: an error leaves them out.
+func (a *App) kept(ctx context.Context, c *api.Client, all []*atollv1.Volume) []*atollv1.KeptMedium {
+	for _, v := range all {
+		if v.Parent == "" {
+			continue
+		}
+		r, err := c.Cluster.GetStatus(ctx, connect.NewRequest(&atollv1.GetStatusRequest{}))
+		if err != nil {
+			return nil
+		}
+		return r.Msg.Kept
+	}
+	return nil
+}
+
+// hintKept tells of room that no volume in a list accounts for.
+func (a *App) hintKept(kept []*atollv1.KeptMedium) {
+	for _, k := range kept {
+		a.hint("and %s", a.keptLine(k))
+	}
+}
+
+// keptLine says what a deleted volume takes, and why.
+func (a *App) keptLine(k *atollv1.KeptMedium) string {
+	room := "room not known yet"
+	if k.Bytes > 0 {
+		room = a.size(k.Bytes) + " in each copy"
+	}
+	return fmt.Sprintf("%s of %s, which is deleted, for %s", room, k.Name, orDash(strings.Join(k.Clones, ", ")))
+}
+
+func (a *App) printVolumes(all []*atollv1.Volume, long bool, kept []*atollv1.KeptMedium) {
 	rows := make([][]string, 0, len(all))
 	for _, v := range all {
 		mapped, versions := "-", "-" // of one that is not open nobody knows without opening it
@@ -42,7 +79,7 @@ func (a *App) printVolumes(all []*atollv1.Volume, long bool) {
 		}
 		row := []string{v.Name, a.size(v.SizeBytes), mapped, versions, fmt.Sprint(v.Replicas), v.Cache, fmt.Sprint(v.Connections), ago(v.Created.AsTime())}
 		if long {
-			row = []string{v.Name, a.size(v.SizeBytes), mapped, versions, orDash(v.Owner), orDash(v.Schedule), orDash(namedParent(v.Parent, all))}
+			row = []string{v.Name, a.size(v.SizeBytes), mapped, versions, orDash(v.Owner), orDash(v.Schedule), orDash(namedParent(v.Parent, all, kept))}
 		}
 		rows = append(rows, row)
 	}
@@ -57,11 +94,16 @@ func (a *App) printVolumes(all []*atollv1.Volume, long bool) {
 }
 
 // namedParent is a parent with its name instead of its id.
-func namedParent(parent string, all []*atollv1.Volume) string {
+func namedParent(parent string, all []*atollv1.Volume, kept []*atollv1.KeptMedium) string {
 	id, version, at := strings.Cut(parent, "@")
 	for _, v := range all {
 		if at && v.Id == id {
 			return v.Name + "@" + version
+		}
+	}
+	for _, k := range kept {
+		if at && k.Id == id {
+			return k.Name + "@" + version + " (deleted)"
 		}
 	}
 	return parent
@@ -157,8 +199,11 @@ func (a *App) printState(v *atollv1.Volume) {
 		a.line("used", "%s", a.size(v.GetMappedBytes()))
 		return
 	}
-	if v.KeptBytes > 0 {
+	switch _, err := atoll.ParseMediumID(strings.Split(v.Parent, "@")[0]); {
+	case v.KeptBytes > 0:
 		a.line("kept", "%s of deleted parents, until it is flattened or deleted", a.size(v.KeptBytes))
+	case v.Parent != "" && err == nil: // by its id: it has no name any more
+		a.line("kept", "what it shares with its parent, which is removed; how much is not known yet")
 	}
 	if !v.Open {
 		if v.ServedBy != "" {

@@ -71,7 +71,7 @@ func Run(ctx context.Context, o Options) (err error) {
 		}
 	}()
 	banner(&o, dir, srv, time.Since(start))
-	client, err := api.NewClient("unix:"+srv.Socket(), "", nil)
+	client, err := api.NewClient("unix:"+srv.Socket(), api.Credential{}, nil)
 	if err != nil {
 		return err
 	}

@@ -92,7 +92,7 @@ func TestRunStop(t *testing.T) {
 		done := make(chan error, 1)
 		go func() { done <- Run(ctx, o) }()
 		tick := time.NewTicker(10 * time.Millisecond)
-		for limit := time.After(20 * time.Second); !strings.Contains(out.String(), "Stop with Ctrl-C."); {
+		for limit := time.After(2 * time.Minute); !strings.Contains(out.String(), "Stop with Ctrl-C."); {
 			select {
 			case <-tick.C:
 			case err := <-done:

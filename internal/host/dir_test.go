@@ -150,7 +150,7 @@ func TestWriteAllocatesNothing(t *testing.T) {
 	b := host.Alloc(8192)
 	defer b.Release()
 	v := [][]byte{b.Bytes()[:4096], b.Bytes()[4096:]}
-	if n := testing.AllocsPerRun(50, func() {
+	if n := hosttest.Allocs(50, func() {
 		if err := f.WriteVec(v, 0, false); err != nil {
 			t.Fatal(err)
 		}

@@ -5,6 +5,9 @@ import (
 	"context"
 	"fmt"
 	"slices"
+	"sync"
+
+	"golang.org/x/sync/errgroup"
 
 	"github.com/atollstore/atoll/internal/atoll"
 	"github.com/atollstore/atoll/internal/catalog"
@@ -46,7 +49,7 @@ type Run struct {
 
 // compaction is what Move adds to a manifest.
 type compaction struct {
-	from   atoll.Ordinal
+	from   []atoll.Ordinal
 	remaps map[atoll.Ordinal]*remap // of every segment that has or had blocks there
 }
 
@@ -117,59 +120,6 @@ func (m *Medium) judge(o atoll.Ordinal, s *slot, usual atoll.BlockNo, total map[
 
 // usual returns the size of a segment of which it is not known.
 func (m *Medium) usual() atoll.BlockNo { return atoll.BlockNo(m.policy().Segment) }
-
-// Pressure returns how full the cluster is for this medium, 0 to 1: used over
-// total bytes of the fullest node that its next segment needs if it gets those
-// with the most room. At 0.95 (atoll.HighWaterPercent) no more segments are made;
-// on a disk of few segments that is when there is no room for another one. 0 when
-// no node has reported.
-func (m *Medium) Pressure() float64 {
-	var list []catalog.NodeReport
-	seen := int64(0) // changes with every report
-	for id, n := range m.opts.Catalog.State().Nodes {
-		if n.State == catalog.NodeActive && n.Up && n.Report.Total > 0 {
-			list = append(list, n.Report)
-			seen += n.Report.At.UnixNano() + n.Report.Free*int64(id)
-		}
-	}
-	if len(list) == 0 {
-		return 0
-	}
-	copies := min(len(list), max(m.Info().Policy.Replicas, 1))
-	grown := m.grown(seen) * int64(copies) / int64(len(list))
-	full := make([]float64, len(list))
-	for i, r := range list {
-		r.Free -= grown
-		full[i] = fullness(r)
-	}
-	slices.Sort(full)
-	return full[copies-1]
-}
-
-// grown returns by how much more the medium's segments take, one copy, than when
-// the reports of nodes were first seen that are in force: they come once a
-// second, and much can be written in one.
-func (m *Medium) grown(seen int64) int64 {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	now := m.taken.Load()
-	if m.mu.reports != seen {
-		m.mu.reports, m.mu.reported = seen, now
-	}
-	return now - m.mu.reported
-}
-
-// fullness returns how full a node is. It is full when another segment of the
-// usual size would take it beyond the high-water mark.
-func fullness(r catalog.NodeReport) float64 {
-	const mark = atoll.HighWaterPercent / 100.
-	used, last := float64(r.Total-r.Free), mark*float64(r.Total)-atoll.SegmentBlocks*atoll.BlockSize
-	f := mark * used / max(last, 1)
-	if r.Full {
-		f = max(f, mark)
-	}
-	return min(max(f, 0), 1)
-}
 
 // victim returns a segment's id and length if it can be compacted: sealed before
 // the mark and not compacted yet.
@@ -284,22 +234,21 @@ func (m *Medium) inverse(o atoll.Ordinal) []place {
 // checkpoint or a version refers to. Checkpoints may run meanwhile: since o was
 // sealed before the mark their roots name nothing in it that the root before did
 // not name. The bytes of o leave the nodes after the grace time. Durable on
-// return; after an error the blocks may or may not have moved. One Move at a
-// time: others wait.
+// return; after an error the blocks may or may not have moved. A few Moves copy
+// at once, others wait; their manifests are written one after the other.
 func (m *Medium) Move(ctx context.Context, o atoll.Ordinal, live []Run) error {
 	if err := m.check(); err != nil {
 		return err
 	}
-	if err := acquire(ctx, m.moves); err != nil {
+	if err := acquire(ctx, m.copies); err != nil {
 		return fmt.Errorf("compact segment %d of medium %v: %w", o, m.id, err)
 	}
-	defer func() { <-m.moves }()
+	defer func() { <-m.copies }()
 	seg, length, err := m.victim(o)
 	if err != nil {
 		return err
 	}
-	m.setMoving(max(lowest(m.own.head(), catalog.Bulk), 1))
-	defer m.setMoving(0)
+	defer m.beginMove()()
 	c := copier{m: m, from: seg, length: length, moves: map[atoll.Ordinal][]move{}}
 	if err := c.plan(live); err != nil {
 		return fmt.Errorf("compact segment %v: %w", seg, err)
@@ -307,7 +256,7 @@ func (m *Medium) Move(ctx context.Context, o atoll.Ordinal, live []Run) error {
 	if err := c.copy(ctx); err != nil {
 		return fmt.Errorf("compact segment %v: %w", seg, m.note(err))
 	}
-	if err := m.writeManifest(ctx, &checkpoint{moved: &compaction{o, c.remaps()}}); err != nil {
+	if err := m.commitMove(ctx, &c); err != nil {
 		return err
 	}
 	m.copied.Add(c.bytes)
@@ -316,12 +265,81 @@ func (m *Medium) Move(ctx context.Context, o atoll.Ordinal, live []Run) error {
 	return nil
 }
 
-// setMoving says from which ordinal on bulk segments may hold copies that no
-// manifest knows of yet.
-func (m *Medium) setMoving(o atoll.Ordinal) {
+// copied is a compaction that has copied and waits for a manifest.
+type copied struct {
+	c    *copier
+	done chan struct{} // closed when err tells the outcome
+	err  error
+}
+
+func (p *copied) end(err error) {
+	p.err = err
+	close(p.done)
+}
+
+// commitMove writes the manifest after which what was copied is read where it is
+// now, and takes all that wait for one with it.
+func (m *Medium) commitMove(ctx context.Context, c *copier) error {
+	p := &copied{c: c, done: make(chan struct{})}
+	m.mu.Lock()
+	m.mu.copied = append(m.mu.copied, p)
+	m.mu.Unlock()
+	select {
+	case m.moves <- struct{}{}:
+		defer func() { <-m.moves }()
+	case <-p.done:
+		return p.err
+	case <-ctx.Done():
+		m.mu.Lock()
+		m.mu.copied = slices.DeleteFunc(m.mu.copied, func(q *copied) bool { return q == p })
+		m.mu.Unlock()
+		return fmt.Errorf("compact segment %v: %w: %w", c.from, atoll.ErrTimeout, ctx.Err())
+	}
+	m.mu.Lock()
+	list := m.mu.copied
+	m.mu.copied = nil
+	m.mu.Unlock()
+	if !slices.Contains(list, p) { // whoever had the turn before took it along
+		<-p.done
+		return p.err
+	}
+	var from []atoll.Ordinal
+	list = slices.DeleteFunc(list, func(q *copied) bool {
+		o := q.c.from.Ordinal
+		_, _, err := m.victim(o)
+		if err == nil && slices.Contains(from, o) {
+			err = fmt.Errorf("compact segment %v twice: %w", q.c.from, atoll.ErrNotExist)
+		}
+		if err != nil { // someone else moved it meanwhile
+			q.end(err)
+			return true
+		}
+		from = append(from, o)
+		return false
+	})
+	if len(list) == 0 {
+		return p.err
+	}
+	err := m.writeManifest(ctx, &checkpoint{moved: &compaction{from, m.remaps(list)}})
+	for _, q := range list {
+		q.end(err)
+	}
+	return p.err
+}
+
+// beginMove notes from which ordinal on bulk segments may hold copies that no
+// manifest knows of yet, until the function is called that it returns.
+func (m *Medium) beginMove() (end func()) {
+	from := max(lowest(m.own.head(), catalog.Bulk), 1)
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.mu.moving = o
+	m.mu.moving = append(m.mu.moving, from)
+	return func() {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		i := slices.Index(m.mu.moving, from)
+		m.mu.moving = slices.Delete(m.mu.moving, i, i+1)
+	}
 }
 
 // copier copies what lives in one segment.
@@ -383,65 +401,65 @@ func (c *copier) find(r Run) (list []piece, err error) {
 	return list, nil
 }
 
-// maxCopies bounds the entries of a compaction that are being written at once.
-const maxCopying = 4
+// maxMoves bounds the compactions that run at once.
+const maxMoves = 2
+
+// maxCopying bounds the entries of a compaction that are read and written at
+// once: some more than a lane has on its way, so that it need not wait for reads.
+const maxCopying = 8
 
 // copy writes the runs to the bulk lane, and learns where they are.
 func (c *copier) copy(ctx context.Context) error {
-	type flight struct {
-		e           *stream.Entry
-		first, next int
-	}
-	var fly []flight
-	land := func() error {
-		f := fly[0]
-		fly = fly[1:]
-		if err := c.m.outcome(f.e.Wait(ctx)); err != nil {
-			return err
-		}
-		for i, r := range c.runs[f.first:f.next] {
-			c.moves[r.Ordinal] = append(c.moves[r.Ordinal], move{r.Block, r.Blocks, f.e.Seg().Ordinal, f.e.Block(i)})
-			c.bytes += r.Blocks.Bytes()
-		}
-		return nil
-	}
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(maxCopying)
+	var mu sync.Mutex // guards moves and bytes
 	for at := 0; at < len(c.runs); {
-		e := new(stream.Entry)
-		next, err := c.entry(ctx, e, at)
-		if err == nil {
-			err = c.m.submit(ctx, catalog.Bulk, e)
-		}
-		if err != nil {
-			return err // what flies is left to the writer
-		}
-		fly = append(fly, flight{e, at, next})
+		first, next := at, c.fit(at)
 		at = next
-		if len(fly) == maxCopying {
-			if err := land(); err != nil {
+		g.Go(func() error {
+			e := new(stream.Entry)
+			if err := c.entry(ctx, e, first, next); err != nil {
 				return err
 			}
-		}
+			if err := c.m.submit(ctx, catalog.Bulk, e); err != nil {
+				return err
+			}
+			if err := c.m.outcome(e.Wait(ctx)); err != nil {
+				return err // what flies is left to the writer
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			for i, r := range c.runs[first:next] {
+				c.moves[r.Ordinal] = append(c.moves[r.Ordinal], move{r.Block, r.Blocks, e.Seg().Ordinal, e.Block(i)})
+				c.bytes += r.Blocks.Bytes()
+			}
+			return nil
+		})
 	}
-	for len(fly) > 0 {
-		if err := land(); err != nil {
-			return err
-		}
-	}
-	return nil
+	return g.Wait()
 }
 
-// entry fills an entry with the runs from number at on, as many as fit, and
-// returns the number of the next.
-func (c *copier) entry(ctx context.Context, e *stream.Entry, at int) (int, error) {
+// fit returns the number of the run behind those from number at on that go into
+// one entry.
+func (c *copier) fit(at int) int {
 	next, blocks := at, 0
 	for next < len(c.runs) && segment.Fits(next-at+1, blocks+int(c.runs[next].Blocks)) {
 		blocks += int(c.runs[next].Blocks)
 		next++
 	}
+	return next
+}
+
+// entry fills an entry with the runs from number at to the one before next.
+func (c *copier) entry(ctx context.Context, e *stream.Entry, at, next int) error {
+	blocks := 0
+	for _, r := range c.runs[at:next] {
+		blocks += int(r.Blocks)
+	}
 	buf := host.Alloc(blocks * atoll.BlockSize)
 	defer buf.Release()
 	if err := c.read(ctx, slices.Concat(c.pieces[at:next]...), buf.Bytes()); err != nil {
-		return 0, err
+		return err
 	}
 	p := buf.Bytes()
 	for _, r := range c.runs[at:next] {
@@ -449,7 +467,7 @@ func (c *copier) entry(ctx context.Context, e *stream.Entry, at int) (int, error
 		e.Add(segment.Record{Kind: r.Kind, Blocks: uint16(r.Blocks), Key: r.Key, Aux: r.Aux}, buf, p[:n])
 		p = p[n:]
 	}
-	return next, nil
+	return nil
 }
 
 // read fills dst with pieces of the segment. Those that lie close together are
@@ -483,26 +501,34 @@ func (c *copier) read(ctx context.Context, pieces []piece, dst []byte) error {
 	return nil
 }
 
-// remaps returns the new remaps of all segments that had blocks in the one that
-// was emptied.
-func (c *copier) remaps() map[atoll.Ordinal]*remap {
-	c.m.mu.Lock()
-	old := map[atoll.Ordinal]*remap{c.from.Ordinal: nil}
-	for q := range c.m.table.moved[c.from.Ordinal] {
-		old[q] = c.m.table.at(q).remap.Load()
+// remaps returns the new remaps of all segments that had blocks in those that
+// were emptied.
+func (m *Medium) remaps(list []*copied) map[atoll.Ordinal]*remap {
+	old := map[atoll.Ordinal]*remap{}
+	emptied := map[atoll.Ordinal]bool{}
+	m.mu.Lock()
+	for _, p := range list {
+		o := p.c.from.Ordinal
+		old[o], emptied[o] = nil, true
+		for q := range m.table.moved[o] {
+			old[q] = m.table.at(q).remap.Load()
+		}
 	}
-	c.m.mu.Unlock()
-	list := map[atoll.Ordinal]*remap{}
+	m.mu.Unlock()
+	made := map[atoll.Ordinal]*remap{}
 	for q, r := range old {
-		moves := c.moves[q]
+		var moves []move
+		for _, p := range list {
+			moves = append(moves, p.c.moves[q]...)
+		}
 		if r != nil {
 			for _, v := range r.moves() {
-				if v.Ordinal != c.from.Ordinal {
+				if !emptied[v.Ordinal] {
 					moves = append(moves, v)
 				}
 			}
 		}
-		list[q] = newRemap(c.m.id, q, moves)
+		made[q] = newRemap(m.id, q, moves)
 	}
-	return list
+	return made
 }

@@ -67,9 +67,9 @@
 //
 // # Locks
 //
-// Medium.mu (table and seals, memory only) is never held across I/O. Moves,
-// manifests and changes of the head are serialised by channel semaphores, taken
-// in that order.
+// Medium.mu (table and seals, memory only) is never held across I/O. Copies of
+// compaction, moves, manifests and changes of the head are bounded by channel
+// semaphores, taken in that order; all but the first have room for one.
 //
 // The package does not look into what kinds write and decides nothing about
 // placement.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"sync/atomic"
 
 	"github.com/atollstore/atoll/internal/atoll"
@@ -65,25 +66,31 @@ func (m *Medium) openLane(ctx context.Context, id catalog.Lane) (*stream.Writer,
 	return w, nil
 }
 
-// smallSegment is the size of the segments of the smallest volumes, in blocks.
-const smallSegment = 1024
+// smallVolume is how much larger a disk is than the smallest volume that uses
+// segments of the size that suits the disk: those of a volume are a quarter of
+// it at most.
+const smallVolume = 48
 
 // policy returns the medium's policy with the size of its segments: what the
-// record says, or else the usual one, but for a small volume no more than a
-// quarter of it. Each lane takes a segment on every node as soon as one block is
-// written.
+// record says, or else what suits the smallest disk (atoll.SegmentFor), and less
+// for a small volume. Each lane takes a segment on every node as soon as one
+// block is written.
 func (m *Medium) policy() catalog.Policy {
 	info := m.Info()
 	p := info.Policy
 	if p.Segment > 0 {
 		return p
 	}
-	p.Segment = atoll.SegmentBlocks
+	least := int64(math.MaxInt64)
 	if info.Kind == catalog.KindVolume {
-		for p.Segment > smallSegment && int64(p.Segment)*atoll.BlockSize*4 > info.Size {
-			p.Segment /= 2
+		least = info.Size * smallVolume
+	}
+	for _, n := range m.opts.Catalog.State().Nodes {
+		if n.State == catalog.NodeActive && n.Up && n.Report.Total > 0 {
+			least = min(least, n.Report.Total)
 		}
 	}
+	p.Segment = int(atoll.SegmentFor(least))
 	return p
 }
 

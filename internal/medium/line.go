@@ -50,12 +50,12 @@ func (l *line) owner(o atoll.Ordinal) (atoll.MediumID, bool) {
 	return 0, false
 }
 
-func (l *line) read(ctx context.Context, o atoll.Ordinal, block atoll.BlockNo, dst []byte) error {
+func (l *line) read(ctx context.Context, o atoll.Ordinal, block atoll.BlockNo, dst []byte, sums []uint32) error {
 	i := l.find(o)
 	if i < 0 {
 		return fmt.Errorf("read segment %d: it is no ancestor's: %w", o, atoll.ErrNotExist)
 	}
-	return l.from[i].read(ctx, o, block, dst)
+	return l.from[i].read(ctx, o, block, dst, sums)
 }
 
 // root returns the kind's root of a version of the parent.
@@ -190,11 +190,12 @@ func (k *known) entry(o atoll.Ordinal) entry {
 	return e
 }
 
-// read fills dst from a segment, wherever its blocks are by now.
-func (f *foreign) read(ctx context.Context, o atoll.Ordinal, block atoll.BlockNo, dst []byte) error {
+// read fills dst from a segment, wherever its blocks are by now, and sums, if not
+// nil, with their checksums.
+func (f *foreign) read(ctx context.Context, o atoll.Ordinal, block atoll.BlockNo, dst []byte, sums []uint32) error {
 	k, err := f.current(ctx)
 	for err == nil {
-		bad := f.readAs(ctx, k, o, block, dst)
+		bad := f.readAs(ctx, k, o, block, dst, sums)
 		if bad == nil || !moved(bad) {
 			return bad
 		}
@@ -208,13 +209,13 @@ func (f *foreign) read(ctx context.Context, o atoll.Ordinal, block atoll.BlockNo
 }
 
 // readAs reads where k says that the blocks are.
-func (f *foreign) readAs(ctx context.Context, k *known, o atoll.Ordinal, block atoll.BlockNo, dst []byte) error {
+func (f *foreign) readAs(ctx context.Context, k *known, o atoll.Ordinal, block atoll.BlockNo, dst []byte, sums []uint32) error {
 	e := k.entry(o)
 	if e.State != stateOpen && e.State != stateLive && e.State != stateVirtual {
 		return fmt.Errorf("read segment %d of medium %v: %w", o, f.id, atoll.ErrNotExist)
 	}
 	if e.Remap.IsZero() {
-		return f.opts.Nodes.Read(ctx, atoll.SegmentID{Medium: f.id, Ordinal: o, Copyset: e.Copyset}, block, dst)
+		return f.opts.Nodes.ReadSums(ctx, atoll.SegmentID{Medium: f.id, Ordinal: o, Copyset: e.Copyset}, block, dst, sums)
 	}
 	r, err := f.remap(ctx, k, o, e.Remap)
 	if err != nil {
@@ -226,12 +227,23 @@ func (f *foreign) readAs(ctx context.Context, k *known, o atoll.Ordinal, block a
 		if !ok {
 			return fmt.Errorf("read block %d of compacted segment %d of medium %v: %w", block, o, f.id, atoll.ErrNotExist)
 		}
-		if err := f.opts.Nodes.Read(ctx, atoll.SegmentID{Medium: f.id, Ordinal: to, Copyset: k.entry(to).Copyset}, at, dst[:n]); err != nil {
+		some := firstSums(&sums, n)
+		if err := f.opts.Nodes.ReadSums(ctx, atoll.SegmentID{Medium: f.id, Ordinal: to, Copyset: k.entry(to).Copyset}, at, dst[:n], some); err != nil {
 			return err
 		}
 		dst, block = dst[n:], block+atoll.BlockNo(n/atoll.BlockSize)
 	}
 	return nil
+}
+
+// firstSums takes the checksums of n bytes off a list, if there is one.
+func firstSums(sums *[]uint32, n int) []uint32 {
+	if *sums == nil {
+		return nil
+	}
+	some := (*sums)[:n/atoll.BlockSize]
+	*sums = (*sums)[len(some):]
+	return some
 }
 
 // remap returns where the blocks of a compacted segment went.

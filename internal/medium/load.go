@@ -69,7 +69,7 @@ func (m *Medium) loadChunk(ctx context.Context, i int, r Ref) error {
 	first := atoll.Ordinal(i*chunkEntries + 1)
 	for j, e := range entries {
 		if e.State == stateDropped || e.State == stateVirtual && !e.Removed {
-			m.mu.doomed = append(m.mu.doomed, doomed{first + atoll.Ordinal(j), time.Now().Add(m.opts.Grace)})
+			m.mu.doomed = append(m.mu.doomed, doomed{ordinal: first + atoll.Ordinal(j), due: time.Now().Add(m.opts.Grace)})
 		}
 	}
 	return nil

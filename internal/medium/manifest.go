@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"time"
 
@@ -144,7 +145,9 @@ func (m *Medium) draft(ck *checkpoint) (*draft, error) {
 	d.man.Serial++
 	d.man.LastNumber = max(d.man.LastNumber, m.mu.lastNumber)
 	if ck != nil && ck.moved != nil {
-		d.leave[ck.moved.from] = true
+		for _, o := range ck.moved.from {
+			d.leave[o] = true
+		}
 	}
 	if err := m.draftVersions(d); err != nil {
 		return nil, err
@@ -270,7 +273,7 @@ func (m *Medium) unused(d *draft, o atoll.Ordinal, s *slot, count int32) bool {
 // compaction that is running writes there.
 func (m *Medium) before(mark *Mark, lane catalog.Lane, o atoll.Ordinal) bool {
 	if lane == catalog.Bulk {
-		return o < mark.Bulk && (m.mu.moving == 0 || o < m.mu.moving)
+		return o < mark.Bulk && !slices.ContainsFunc(m.mu.moving, func(from atoll.Ordinal) bool { return o >= from })
 	}
 	return o < mark.Ordinal
 }
@@ -282,7 +285,7 @@ func (m *Medium) movable(d *draft, r Ref) bool {
 		return false
 	}
 	if is, known := d.leave[r.Ordinal]; known {
-		if d.ck == nil || d.ck.moved == nil || r.Ordinal != d.ck.moved.from {
+		if d.ck == nil || d.ck.moved == nil || !slices.Contains(d.ck.moved.from, r.Ordinal) {
 			d.left--
 		}
 		return is
@@ -306,17 +309,11 @@ func (d *draft) leaves(r Ref) bool { return d.leave[r.Ordinal] }
 
 // store writes the records of a draft to a lane, moves the head and adopts the draft.
 func (m *Medium) store(ctx context.Context, lane catalog.Lane, d *draft) error {
-	for o, r := range d.remaps {
-		ref, err := m.appendOwn(ctx, lane, kindRemap, uint64(o), r.encode())
-		if err != nil {
-			return err
-		}
-		d.placed[o] = ref
+	if err := m.storeRemaps(ctx, lane, d); err != nil {
+		return err
 	}
-	for i := range d.chunks {
-		if err := m.storeChunk(ctx, lane, d, &d.chunks[i]); err != nil {
-			return err
-		}
+	if err := m.storeChunks(ctx, lane, d); err != nil {
+		return err
 	}
 	if err := m.storeVersions(ctx, lane, d); err != nil {
 		return err
@@ -355,21 +352,51 @@ func (d *draft) blocks() int {
 	return total
 }
 
-// storeChunk writes a chunk of the table, with the new places of remaps.
-func (m *Medium) storeChunk(ctx context.Context, lane catalog.Lane, d *draft, dc *draftChunk) error {
-	if !dc.write {
-		return nil
+// storeRemaps writes new remaps and those that must leave their segments.
+func (m *Medium) storeRemaps(ctx context.Context, lane catalog.Lane, d *draft) error {
+	var list []ownRecord
+	for _, o := range slices.Sorted(maps.Keys(d.remaps)) {
+		list = append(list, ownRecord{kindRemap, uint64(o), d.remaps[o].encode()})
 	}
-	for j := range dc.entries {
-		if ref, ok := d.placed[dc.first+atoll.Ordinal(j)]; ok {
-			dc.entries[j].Remap = ref
+	refs, err := m.appendOwnAll(ctx, lane, list)
+	if err != nil {
+		return err
+	}
+	for i, r := range list {
+		d.placed[atoll.Ordinal(r.key)] = refs[i]
+	}
+	return nil
+}
+
+// storeChunks writes the chunks of the table that changed, with the new places of
+// remaps.
+func (m *Medium) storeChunks(ctx context.Context, lane catalog.Lane, d *draft) error {
+	var list []ownRecord
+	for i := range d.chunks {
+		dc := &d.chunks[i]
+		if !dc.write {
+			continue
+		}
+		for j := range dc.entries {
+			if ref, ok := d.placed[dc.first+atoll.Ordinal(j)]; ok {
+				dc.entries[j].Remap = ref
+			}
+		}
+		p := encodeChunk(m.id, dc.first, dc.entries)
+		m.metrics.wrote("chunk", len(p))
+		list = append(list, ownRecord{kindChunk, uint64(dc.index), p})
+	}
+	refs, err := m.appendOwnAll(ctx, lane, list)
+	if err != nil {
+		return err
+	}
+	for i, k := 0, 0; i < len(d.chunks); i++ {
+		if d.chunks[i].write {
+			d.chunks[i].ref = refs[k]
+			k++
 		}
 	}
-	p := encodeChunk(m.id, dc.first, dc.entries)
-	m.metrics.wrote("chunk", len(p))
-	var err error
-	dc.ref, err = m.appendOwn(ctx, lane, kindChunk, uint64(dc.index), p)
-	return err
+	return nil
 }
 
 // storeRoot writes the kind's root if it is not inline.
@@ -439,7 +466,7 @@ func (m *Medium) adopt(d *draft, ref Ref, due time.Time) {
 		m.adoptDrop(o, due)
 	}
 	for _, seg := range d.head.Dropped {
-		m.mu.doomed = append(m.mu.doomed, doomed{seg.Ordinal, due})
+		m.mu.doomed = append(m.mu.doomed, doomed{ordinal: seg.Ordinal, due: due})
 	}
 	m.mu.man, m.mu.ref = &d.man, ref
 	if len(d.dropped) > 0 {
@@ -455,7 +482,7 @@ func (m *Medium) adoptRemaps(d *draft, due time.Time) {
 		m.table.setRemap(o, d.placed[o], r)
 		if st, _, _ := s.get(); st == stateLive {
 			s.setState(stateVirtual)
-			m.mu.doomed = append(m.mu.doomed, doomed{o, due})
+			m.mu.doomed = append(m.mu.doomed, doomed{ordinal: o, due: due})
 		}
 	}
 }
@@ -468,7 +495,7 @@ func (m *Medium) adoptDrop(o atoll.Ordinal, due time.Time) {
 		s.setState(stateGone)
 	} else {
 		s.setState(stateDropped)
-		m.mu.doomed = append(m.mu.doomed, doomed{o, due})
+		m.mu.doomed = append(m.mu.doomed, doomed{ordinal: o, due: due})
 	}
 	m.table.setRemap(o, Ref{}, nil)
 }
@@ -495,21 +522,52 @@ func (m *Medium) ownLane(blocks int) catalog.Lane {
 	return catalog.Hot
 }
 
-// appendOwn writes one record of this package, whole blocks, and returns where
-// it is. The bytes must not change until it returns.
+// ownRecord is a record of this package, in whole blocks.
+type ownRecord struct {
+	kind  segment.Kind
+	key   uint64
+	bytes []byte
+}
+
+// appendOwn writes one record of this package and returns where it is.
 func (m *Medium) appendOwn(ctx context.Context, lane catalog.Lane, kind segment.Kind, key uint64, p []byte) (Ref, error) {
-	buf := host.Alloc(len(p))
-	defer buf.Release()
-	copy(buf.Bytes(), p)
-	var e stream.Entry
-	blocks := len(p) / atoll.BlockSize
-	e.Add(segment.Record{Kind: kind, Blocks: uint16(blocks), Key: key}, buf, buf.Bytes())
-	if err := m.appendEntry(ctx, lane, &e); err != nil {
+	refs, err := m.appendOwnAll(ctx, lane, []ownRecord{{kind, key, p}})
+	if err != nil {
 		return Ref{}, err
 	}
-	seg := e.Seg()
-	m.written.Add(int64(blocks) + 1)
-	return Ref{seg.Ordinal, seg.Copyset, e.Block(0), atoll.BlockNo(blocks), segment.CRC(p)}, nil
+	return refs[0], nil
+}
+
+// appendOwnAll writes records of this package, as many in one batch as fit, and
+// returns where they are.
+func (m *Medium) appendOwnAll(ctx context.Context, lane catalog.Lane, list []ownRecord) (refs []Ref, err error) {
+	for len(list) > 0 {
+		n, blocks := 0, 0
+		for n < len(list) && (n == 0 || segment.Fits(n+1, blocks+len(list[n].bytes)/atoll.BlockSize)) {
+			blocks += len(list[n].bytes) / atoll.BlockSize
+			n++
+		}
+		buf := host.Alloc(blocks * atoll.BlockSize)
+		p := buf.Bytes()
+		var e stream.Entry
+		for _, r := range list[:n] {
+			copy(p, r.bytes)
+			e.Add(segment.Record{Kind: r.kind, Blocks: uint16(len(r.bytes) / atoll.BlockSize), Key: r.key}, buf, p[:len(r.bytes)])
+			p = p[len(r.bytes):]
+		}
+		err := m.appendEntry(ctx, lane, &e)
+		buf.Release()
+		if err != nil {
+			return nil, err
+		}
+		for i, r := range list[:n] {
+			seg := e.Seg()
+			refs = append(refs, Ref{seg.Ordinal, seg.Copyset, e.Block(i), atoll.BlockNo(len(r.bytes) / atoll.BlockSize), segment.CRC(r.bytes)})
+		}
+		m.written.Add(int64(blocks) + 1)
+		list = list[n:]
+	}
+	return refs, nil
 }
 
 // readOwn reads a record of this package and checks it against its reference.

@@ -24,6 +24,8 @@ type Options struct {
 	Metrics *Metrics
 	Streams *stream.Metrics
 
+	// Trashed opens a medium in the trash, and no other, to check it.
+	Trashed bool
 	// Wait is how long Open waits for another owner's lease to end; 0 means a
 	// little more than atoll.LeaseTTL.
 	Wait time.Duration
@@ -78,7 +80,8 @@ type Medium struct {
 	reclaimable atomic.Int64
 	waiting     atomic.Int64
 	taken       atomic.Int64  // bytes by which the room of its segments grew since Open, one copy
-	moves       chan struct{} // room for one: whoever compacts
+	copies      chan struct{} // room for those who compact at once
+	moves       chan struct{} // room for one: whoever has copied and changes the manifest
 	manifests   chan struct{} // room for one: whoever writes a manifest
 	updates     chan struct{} // room for one: whoever changes the record
 
@@ -96,8 +99,9 @@ type Medium struct {
 		man        *manifest
 		ref        Ref // where man is; zero before the first
 		doomed     []doomed
-		lastNumber uint64        // highest version number given out
-		moving     atoll.Ordinal // compaction writes to bulk segments from here on; 0 none
+		lastNumber uint64          // highest version number given out
+		moving     []atoll.Ordinal // from where on the compactions that run write to bulk segments
+		copied     []*copied       // compactions that wait for a manifest
 		isLost     bool
 		shown      shown // in the gauges
 		reports    int64 // tells the reports of nodes that Pressure saw last
@@ -109,6 +113,7 @@ type Medium struct {
 type doomed struct {
 	ordinal atoll.Ordinal
 	due     time.Time // when nodes are to remove it
+	failed  bool      // one of them did not, last time
 }
 
 // Info returns the medium's record as this process knows it.
@@ -178,10 +183,12 @@ func (m *Medium) Submit(ctx context.Context, l catalog.Lane, e *stream.Entry) er
 // storage on all copies of its segment. After any other error it may or may not
 // be in the log.
 func (m *Medium) Append(ctx context.Context, l catalog.Lane, e *stream.Entry) error {
-	if err := m.Submit(ctx, l, e); err != nil {
-		return err
+	blocks := int64(e.Blocks()) + 1
+	err := m.appendEntry(ctx, l, e)
+	if l == catalog.Hot {
+		m.appended.Add(blocks) // before anybody hears of it
 	}
-	return m.outcome(e.Wait(ctx))
+	return err
 }
 
 // outcome is ErrFenced for whatever failed when ownership was lost.
@@ -194,22 +201,17 @@ func (m *Medium) outcome(err error) error {
 
 // appendEntry is Append for records of this package, which are not replayed.
 func (m *Medium) appendEntry(ctx context.Context, l catalog.Lane, e *stream.Entry) error {
-	if err := m.submit(ctx, l, e); err != nil {
+	w, err := m.writer(ctx, l)
+	if err != nil {
 		return err
 	}
-	return m.outcome(e.Wait(ctx))
+	return m.outcome(w.Append(ctx, e))
 }
 
 func (m *Medium) submit(ctx context.Context, l catalog.Lane, e *stream.Entry) error {
-	if err := m.check(); err != nil {
+	w, err := m.writer(ctx, l)
+	if err != nil {
 		return err
-	}
-	w := m.lanes[l].w.Load()
-	if w == nil {
-		var err error
-		if w, err = m.openLane(ctx, l); err != nil {
-			return m.note(err)
-		}
 	}
 	if err := w.Submit(ctx, e); err != nil {
 		return m.outcome(err)
@@ -217,16 +219,37 @@ func (m *Medium) submit(ctx context.Context, l catalog.Lane, e *stream.Entry) er
 	return nil
 }
 
+// writer returns the writer of a lane and opens it if need be.
+func (m *Medium) writer(ctx context.Context, l catalog.Lane) (*stream.Writer, error) {
+	if err := m.check(); err != nil {
+		return nil, err
+	}
+	if w := m.lanes[l].w.Load(); w != nil {
+		return w, nil
+	}
+	w, err := m.openLane(ctx, l)
+	if err != nil {
+		return nil, m.note(err)
+	}
+	return w, nil
+}
+
 // Read fills dst, whole blocks, from a block of a segment of this medium, or of
 // an ancestor's. It follows remaps. ErrNotExist when there is no such segment,
 // also when it was dropped since the caller looked where its data are: it then
 // looks again. ErrFenced when ownership was lost before the read was complete.
 func (m *Medium) Read(ctx context.Context, o atoll.Ordinal, block atoll.BlockNo, dst []byte) error {
+	return m.ReadSums(ctx, o, block, dst, nil)
+}
+
+// ReadSums is Read, and sets sums, unless nil one for each block, to the CRC32C
+// of each, which has to be computed on the way.
+func (m *Medium) ReadSums(ctx context.Context, o atoll.Ordinal, block atoll.BlockNo, dst []byte, sums []uint32) error {
 	if err := m.check(); err != nil {
 		return err
 	}
 	if l := m.line.Load(); l != nil && o < l.base {
-		if err := l.read(ctx, o, block, dst); err != nil {
+		if err := l.read(ctx, o, block, dst, sums); err != nil {
 			return err
 		}
 		return m.check()
@@ -237,7 +260,7 @@ func (m *Medium) Read(ctx context.Context, o atoll.Ordinal, block atoll.BlockNo,
 			return fmt.Errorf("read segment %d of medium %v: %w", o, m.id, atoll.ErrNotExist)
 		}
 		info, r := s.info.Load(), s.remap.Load()
-		err := m.read(ctx, o, info, r, block, dst)
+		err := m.read(ctx, o, info, r, block, dst, sums)
 		if err == nil {
 			return m.check()
 		}
@@ -252,13 +275,13 @@ func (m *Medium) Read(ctx context.Context, o atoll.Ordinal, block atoll.BlockNo,
 }
 
 // read reads from a segment as the table has it at the moment.
-func (m *Medium) read(ctx context.Context, o atoll.Ordinal, info uint64, r *remap, block atoll.BlockNo, dst []byte) error {
+func (m *Medium) read(ctx context.Context, o atoll.Ordinal, info uint64, r *remap, block atoll.BlockNo, dst []byte, sums []uint32) error {
 	st, copyset := state(info), atoll.CopysetID(info>>32)
 	if st == stateNone || st == stateGone {
 		return fmt.Errorf("read segment %d of medium %v: %w", o, m.id, atoll.ErrNotExist)
 	}
 	if r == nil {
-		return m.opts.Nodes.Read(ctx, atoll.SegmentID{Medium: m.id, Ordinal: o, Copyset: copyset}, block, dst)
+		return m.opts.Nodes.ReadSums(ctx, atoll.SegmentID{Medium: m.id, Ordinal: o, Copyset: copyset}, block, dst, sums)
 	}
 	for len(dst) > 0 {
 		to, at, run, ok := r.find(block)
@@ -271,7 +294,7 @@ func (m *Medium) read(ctx context.Context, o atoll.Ordinal, info uint64, r *rema
 		} else {
 			seg, at = atoll.SegmentID{Medium: m.id, Ordinal: o, Copyset: copyset}, block
 		}
-		if err := m.opts.Nodes.Read(ctx, seg, at, dst[:n]); err != nil {
+		if err := m.opts.Nodes.ReadSums(ctx, seg, at, dst[:n], firstSums(&sums, n)); err != nil {
 			return err
 		}
 		dst, block = dst[n:], block+atoll.BlockNo(n/atoll.BlockSize)

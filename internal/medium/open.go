@@ -61,8 +61,12 @@ func Delete(ctx context.Context, opts Options, id atoll.MediumID) error {
 // end.
 func take(ctx context.Context, opts Options, id atoll.MediumID) (catalog.Head, error) {
 	limit := time.Now().Add(opts.Wait)
+	acquire := opts.Catalog.Acquire
+	if opts.Trashed {
+		acquire = opts.Catalog.AcquireTrashed
+	}
 	for {
-		h, err := opts.Catalog.Acquire(ctx, id, opts.Session)
+		h, err := acquire(ctx, id, opts.Session)
 		if !errors.Is(err, atoll.ErrBusy) || time.Now().After(limit) {
 			return h, err
 		}
@@ -103,7 +107,7 @@ func newMedium(opts Options, id atoll.MediumID, h catalog.Head) *Medium {
 	m := &Medium{
 		born: time.Now(),
 		opts: opts, log: opts.Log, metrics: opts.Metrics, id: id, epoch: h.Epoch, table: newTable(),
-		manifests: make(chan struct{}, 1), moves: make(chan struct{}, 1), updates: make(chan struct{}, 1), lost: make(chan struct{}),
+		manifests: make(chan struct{}, 1), copies: make(chan struct{}, maxMoves), moves: make(chan struct{}, 1), updates: make(chan struct{}, 1), lost: make(chan struct{}),
 		keeps: make(chan struct{}, 1), sweeps: make(chan struct{}, 1),
 	}
 	m.own = newOwner(opts.Catalog, h, m.lose)

@@ -107,7 +107,7 @@ func (m *Medium) sweep(ctx context.Context) {
 // while space is short, since what compaction frees is what it goes on with.
 func (m *Medium) grace() time.Duration {
 	if m.Pressure() >= tight {
-		return m.opts.Grace / 10
+		return m.opts.Grace / 40
 	}
 	return m.opts.Grace
 }
@@ -135,9 +135,9 @@ const (
 // some at once: a node that does not answer holds each of them up.
 func (m *Medium) removeDoomed(ctx context.Context) {
 	m.mu.Lock()
-	list, now := m.mu.doomed, time.Now()
-	m.mu.doomed = nil
+	list, now := slices.Clone(m.mu.doomed), time.Now() // only this goroutine takes any out
 	m.mu.Unlock()
+	looked := len(list)
 	var wg sync.WaitGroup
 	places := make(chan struct{}, doomsAtATime)
 	for i := range list {
@@ -149,7 +149,7 @@ func (m *Medium) removeDoomed(ctx context.Context) {
 			if m.remove(ctx, list[i].ordinal) {
 				list[i].ordinal = 0
 			} else {
-				list[i].due = time.Now().Add(doomRetry)
+				list[i].due, list[i].failed = time.Now().Add(doomRetry), true
 			}
 			<-places
 		})
@@ -158,7 +158,7 @@ func (m *Medium) removeDoomed(ctx context.Context) {
 	list = slices.DeleteFunc(list, func(d doomed) bool { return d.ordinal == 0 })
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.mu.doomed = append(list, m.mu.doomed...)
+	m.mu.doomed = append(list, m.mu.doomed[looked:]...)
 }
 
 // remove deletes one dropped segment; true when every node has answered.

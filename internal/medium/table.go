@@ -232,6 +232,9 @@ func (t *table) ownVersions(man *manifest, delta int32) {
 	}
 }
 
+// removed reports whether no node holds a compacted segment any more.
+func (t *table) removed(o atoll.Ordinal) bool { return t.rare[o] != nil && t.rare[o].removed }
+
 // setRemap gives a segment its remap, which lies at ref; nil takes it away.
 func (t *table) setRemap(o atoll.Ordinal, ref Ref, r *remap) {
 	s, x := t.at(o), t.rare[o]

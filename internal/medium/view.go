@@ -153,11 +153,16 @@ func (v *View) Ancestor(o atoll.Ordinal) (atoll.MediumID, bool) {
 // Read fills dst, whole blocks, as Medium.Read. ErrFenced when the session ended
 // before the read was complete, ErrClosed after Close.
 func (v *View) Read(ctx context.Context, o atoll.Ordinal, block atoll.BlockNo, dst []byte) error {
+	return v.ReadSums(ctx, o, block, dst, nil)
+}
+
+// ReadSums is as of Medium.
+func (v *View) ReadSums(ctx context.Context, o atoll.Ordinal, block atoll.BlockNo, dst []byte, sums []uint32) error {
 	var err error
 	if v.line != nil && o < v.line.base {
-		err = v.line.read(ctx, o, block, dst)
+		err = v.line.read(ctx, o, block, dst, sums)
 	} else {
-		err = v.from.read(ctx, o, block, dst)
+		err = v.from.read(ctx, o, block, dst, sums)
 	}
 	switch {
 	case v.closed.Load():

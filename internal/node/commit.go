@@ -61,6 +61,13 @@ func (q *queue) poke() {
 	}
 }
 
+// empty reports whether nothing is queued.
+func (q *queue) empty() bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return len(q.mu.items) == 0
+}
+
 // swap takes all items and leaves the empty slice spare in their place.
 func (q *queue) swap(spare []item) []item {
 	q.mu.Lock()
@@ -99,9 +106,12 @@ func (n *Node) append(a *wire.Append) {
 	}
 }
 
-// answer sends a back.
+// answer sends a back, unless the sender carries it out itself.
 func (n *Node) answer(a *wire.Append, err error) {
 	a.Err = err
+	if a.Done == nil {
+		return
+	}
 	select {
 	case a.Done <- a:
 	default:

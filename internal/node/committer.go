@@ -5,10 +5,12 @@ import (
 	"runtime"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/atollstore/atoll/internal/atoll"
 	"github.com/atollstore/atoll/internal/host"
+	"github.com/atollstore/atoll/internal/wire"
 )
 
 // Committer makes the appends of nodes durable, in rounds: it takes all that is
@@ -27,17 +29,23 @@ type Committer struct {
 		done  chan struct{} // closed at its end
 	}
 
+	crowd atomic.Int32 // rounds that nobody may run but the goroutine
+
 	// Of whoever has the turn.
 	busy []*Node // with items in this round
 	ops  []host.WriteOp
 	many host.Together
 }
 
+// crowdRuns is for how many rounds senders must queue after one had to wait for
+// another that carried out its own: together they fill a round better.
+const crowdRuns = 64
+
 // parallelBytes is from where the nodes of a round write beside one another.
 const parallelBytes = 128 << 10
 
 // join adds a node and starts the goroutine for the first one.
-func (c *Committer) join(n *Node) (wake chan struct{}) {
+func (c *Committer) join(n *Node) (wake, turn chan struct{}) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.mu.turn == nil {
@@ -48,7 +56,7 @@ func (c *Committer) join(n *Node) (wake chan struct{}) {
 		c.mu.stop, c.mu.done = make(chan struct{}), make(chan struct{})
 		go c.loop(c.mu.turn, c.mu.wake, c.mu.stop, c.mu.done)
 	}
-	return c.mu.wake
+	return c.mu.wake, c.mu.turn
 }
 
 // leave finishes what is queued on a node that takes nothing more, and takes it
@@ -90,7 +98,12 @@ func (c *Committer) loop(turn, wake, stop, done chan struct{}) {
 		// Those who were answered last round are ready to send the next
 		// batches: let them, or rounds become small and slow.
 		runtime.Gosched()
-		turn <- struct{}{}
+		select {
+		case turn <- struct{}{}:
+		default:
+			c.crowd.Store(crowdRuns)
+			turn <- struct{}{}
+		}
 		c.mu.Lock()
 		nodes := c.mu.nodes
 		c.mu.Unlock()
@@ -109,13 +122,79 @@ func (c *Committer) round(nodes ...*Node) bool {
 			c.busy = append(c.busy, n)
 		}
 	}
+	c.commit(start)
+	return len(c.busy) > 0
+}
+
+// commit writes what the busy nodes took and makes the outcome known.
+func (c *Committer) commit(start time.Time) {
 	c.write()
 	now := time.Now()
 	for _, n := range c.busy {
 		n.settle(start, now)
 	}
 	clear(c.busy)
-	return len(c.busy) > 0
+}
+
+var _ wire.Direct = (*Node)(nil)
+
+// Direct implements wire.Direct, for nodes that share a Committer.
+func (n *Node) Direct(nodes []wire.Node, list []wire.Append) wire.Round {
+	c := n.opts.Committer
+	if c.crowd.Load() > 0 {
+		c.crowd.Add(-1)
+		return nil
+	}
+	select {
+	case n.turn <- struct{}{}:
+	default:
+		return nil
+	}
+	c.busy = c.busy[:0]
+	for _, w := range nodes {
+		m, ok := w.(*Node)
+		if !ok || m.opts.Committer != c || slices.Contains(c.busy, m) || !m.unused() {
+			clear(c.busy)
+			<-n.turn
+			return nil
+		}
+		c.busy = append(c.busy, m)
+	}
+	for i, m := range c.busy {
+		m.takeOne(&list[i])
+	}
+	return (*direct)(c)
+}
+
+// direct is a Committer whose turn a sender has.
+type direct Committer
+
+// Run implements wire.Round.
+func (d *direct) Run() {
+	c := (*Committer)(d)
+	turn := c.busy[0].turn
+	c.commit(time.Now())
+	<-turn
+}
+
+// unused reports whether the node serves and has nothing queued. The caller has
+// the turn.
+func (n *Node) unused() bool {
+	return n.stopped() == nil && n.pausedUntil() == nil && n.queue.empty()
+}
+
+// takeOne is take for one append that was not queued.
+func (n *Node) takeOne(a *wire.Append) {
+	a.Done, a.Queued, a.Commit = nil, 0, 0
+	n.items, n.dirty = n.items[:0], n.dirty[:0]
+	it, err := n.verify(a)
+	if err != nil {
+		a.Err = err
+		return
+	}
+	it.vec = a.Vec.Retain()
+	it.verdict, it.err = n.admit(&it)
+	n.items = append(n.items, it)
 }
 
 // write writes the round's runs and makes them durable. Errors go to the

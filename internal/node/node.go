@@ -89,6 +89,8 @@ type Node struct {
 	dirty       []*seg
 	roundBytes  int64
 	sharedFlush bool
+
+	turn chan struct{} // the committer's; set by Open
 }
 
 var _ wire.Node = (*Node)(nil)
@@ -120,7 +122,7 @@ func Open(opts Options) (*Node, error) {
 		return nil, err
 	}
 	n.countSegments(1)
-	n.queue.wake = n.opts.Committer.join(n)
+	n.queue.wake, n.turn = n.opts.Committer.join(n)
 	n.wg.Go(n.slots.loop)
 	return n, nil
 }
@@ -431,7 +433,7 @@ func (n *Node) countSegments(sign int) {
 	n.mu.Lock()
 	all, open := len(n.mu.segs), n.openSegments()
 	n.mu.Unlock()
-	n.metrics.count(sign*all, sign*open, sign*n.slots.ready())
+	n.metrics.count(sign*all, sign*open, sign*n.slots.count())
 }
 
 // openSegments counts the unsealed segments. The caller holds n.mu.

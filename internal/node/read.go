@@ -16,8 +16,15 @@ import (
 // maxAnswer is the largest buffer that Fetch and Index return.
 const maxAnswer = 8 << 20
 
+var _ wire.Summer = (*Node)(nil)
+
 // Read implements wire.Node.
 func (n *Node) Read(ctx context.Context, id atoll.SegmentID, block atoll.BlockNo, dst []byte) error {
+	return n.ReadSums(ctx, id, block, dst, nil)
+}
+
+// ReadSums implements wire.Summer; sums may be nil.
+func (n *Node) ReadSums(ctx context.Context, id atoll.SegmentID, block atoll.BlockNo, dst []byte, sums []uint32) error {
 	if len(dst) == 0 || len(dst)%atoll.BlockSize != 0 {
 		return fmt.Errorf("read %d bytes of segment %v: %w", len(dst), id, atoll.ErrInvalid)
 	}
@@ -30,16 +37,17 @@ func (n *Node) Read(ctx context.Context, id atoll.SegmentID, block atoll.BlockNo
 	if err != nil {
 		return fmt.Errorf("read: %w", err)
 	}
-	if err := n.readBlocks(s, block, dst); err != nil {
+	if err := n.readBlocks(s, block, dst, sums); err != nil {
 		return err
 	}
 	n.metrics.didRead(len(dst))
 	return nil
 }
 
-// readBlocks fills dst and verifies it.
-func (n *Node) readBlocks(s *seg, block atoll.BlockNo, dst []byte) error {
-	if done, err := n.readPieces(s, block, dst); done {
+// readBlocks fills dst and verifies it. It sets sums, unless nil, to the
+// checksums of the blocks.
+func (n *Node) readBlocks(s *seg, block atoll.BlockNo, dst []byte, sums []uint32) error {
+	if done, err := n.readPieces(s, block, dst, sums); done {
 		return err
 	}
 	x, err := n.index(s)
@@ -54,8 +62,12 @@ func (n *Node) readBlocks(s *seg, block atoll.BlockNo, dst []byte) error {
 		return err
 	}
 	for i := range count {
-		if x.crcs[block+i] != segment.CRC(dst[i.Bytes():][:atoll.BlockSize]) || x.isLost(block+i) {
+		crc := segment.CRC(dst[i.Bytes():][:atoll.BlockSize])
+		if x.crcs[block+i] != crc || x.isLost(block+i) {
 			return n.corrupt(s, x, block, dst)
+		}
+		if sums != nil {
+			sums[i] = crc
 		}
 	}
 	return nil
@@ -68,7 +80,7 @@ const pieceBlocks = atoll.BlockSize / 4
 // with only those blocks of the footer that matter. They have no checksum of
 // their own, but if what they say fits the data, both are right. It reports
 // false when they do not help; then readBlocks finds out what is wrong.
-func (n *Node) readPieces(s *seg, block atoll.BlockNo, dst []byte) (done bool, err error) {
+func (n *Node) readPieces(s *seg, block atoll.BlockNo, dst []byte, sums []uint32) (done bool, err error) {
 	s.mu.Lock()
 	m := &s.mu
 	length, ok := m.st.length, m.st.flags&sealed != 0 && !m.missing && !m.footerBad
@@ -91,6 +103,9 @@ func (n *Node) readPieces(s *seg, block atoll.BlockNo, dst []byte) (done bool, e
 			}
 			if crc != segment.CRC(dst[:atoll.BlockSize]) {
 				return false, nil
+			}
+			if sums != nil {
+				sums[0], sums = crc, sums[1:]
 			}
 			dst, block = dst[atoll.BlockSize:], block+1
 		}
@@ -273,7 +288,7 @@ func (n *Node) Fetch(ctx context.Context, id atoll.SegmentID, at atoll.BlockNo, 
 	if end == at {
 		return buf, nil
 	}
-	if err := n.readBlocks(s, at, buf.Bytes()); err != nil {
+	if err := n.readBlocks(s, at, buf.Bytes(), nil); err != nil {
 		buf.Release()
 		return nil, fmt.Errorf("fetch: %w", err)
 	}
@@ -414,7 +429,7 @@ func (n *Node) Stat(ctx context.Context) (wire.Stat, error) {
 	if err != nil {
 		return wire.Stat{}, fmt.Errorf("stat node %v: %w", n.id.Node, err)
 	}
-	ready := int64(n.slots.ready()) * slotBytes // free slots are room for segments
+	ready := n.slots.bytes() // free slots are room for segments
 	n.mu.Lock()
 	all, open := len(n.mu.segs), n.openSegments()
 	n.mu.Unlock()
@@ -422,7 +437,7 @@ func (n *Node) Stat(ctx context.Context) (wire.Stat, error) {
 		Cluster: n.id.Cluster, Node: n.id.Node, Disk: n.id.Disk, Incarnation: n.id.Incarnation,
 		Total: sp.total, Free: max(0, sp.free+ready), Segments: all, Open: open,
 		ReadOnly: n.diskErrors.Load() >= maxDiskErrors,
-		Full:     n.full.Load() || !sp.fits(slotBytes-ready, atoll.HighWaterPercent),
+		Full:     n.full.Load() || !sp.fits(n.slots.usual.Bytes()-ready, atoll.HighWaterPercent),
 		Errors:   n.diskErrors.Load() + n.readErrors.Load(), AppendP99: n.recent.p99(),
 	}, nil
 }

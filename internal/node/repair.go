@@ -148,7 +148,7 @@ func (n *Node) writeRepair(s *seg, block atoll.BlockNo, p []byte) error {
 		n.diskFailed(err)
 		return fmt.Errorf("repair segment %v at block %d: %w (%w)", s.id, block, atoll.ErrIO, err)
 	}
-	if err := n.readBlocks(s, block, buf.Bytes()); err != nil {
+	if err := n.readBlocks(s, block, buf.Bytes(), nil); err != nil {
 		return fmt.Errorf("repair: read back: %w", err)
 	}
 	n.log.Info("blocks repaired", "seg", s.id, "off", uint32(block), "len", len(p)/atoll.BlockSize)

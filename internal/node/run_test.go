@@ -77,7 +77,7 @@ func TestSlots(t *testing.T) {
 	waitSlots := func(want int) {
 		t.Helper()
 		for i := 0; n.slots.ready() < want; i++ {
-			if i > 1000 {
+			if i > 20000 {
 				t.Fatalf("%d slots ready, want %d", n.slots.ready(), want)
 			}
 			time.Sleep(5 * time.Millisecond)
@@ -119,7 +119,7 @@ func TestSlots(t *testing.T) {
 		if used == int64(n.slots.ready())*slotBytes {
 			break
 		}
-		if i > 1000 {
+		if i > 20000 {
 			t.Fatalf("%d bytes in use with %d slots", used, n.slots.ready())
 		}
 		time.Sleep(5 * time.Millisecond)
@@ -323,7 +323,7 @@ func TestAllocations(t *testing.T) {
 	vec := host.NewVec()
 	vec.Add(b, b.Bytes())
 	a := &wire.Append{Vec: vec, Done: w.done}
-	got := testing.AllocsPerRun(500, func() {
+	got := hosttest.Allocs(500, func() {
 		s.send(a, b.Bytes()[:atoll.BlockSize], nil, crc)
 		if a = <-w.done; a.Err != nil {
 			t.Fatal(a.Err)
@@ -439,12 +439,12 @@ func TestReserveDropsSlots(t *testing.T) {
 	d := hosttest.NewDisk(1)
 	must(t, Format(d, Identity{Cluster: testCluster, Node: 1}))
 	n := openNode(t, d, func(o *Options) { o.NoPrewrite, o.Spare, o.Limit = false, 1, 80<<20 })
-	for limit := time.Now().Add(20 * time.Second); n.slots.ready() == 0; time.Sleep(time.Millisecond) {
+	for limit := time.Now().Add(2 * time.Minute); n.slots.ready() == 0; time.Sleep(time.Millisecond) {
 		if time.Now().After(limit) {
 			t.Fatal("no slot was filled")
 		}
 	}
-	must(t, n.Create(bg(), testSeg(1), 1, 4096))
+	must(t, n.Create(bg(), testSeg(1), 1, 74<<20/atoll.BlockSize))
 	if n.slots.ready() != 0 {
 		t.Error("a slot that stood in the way is still there")
 	}

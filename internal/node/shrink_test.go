@@ -44,7 +44,7 @@ func TestShrink(t *testing.T) {
 		checkShrunk(t, n, id, w.at)
 		must(t, n.Delete(bg(), id, 2))
 		for n.slots.ready() > 0 {
-			path := n.slots.take()
+			path := n.slots.take(atoll.SegmentBlocks)
 			f, err := d.Open(path)
 			must(t, err)
 			if size, err := f.Size(); err != nil || size != slotBytes {

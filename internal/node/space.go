@@ -43,13 +43,11 @@ func (n *Node) reserve(blocks atoll.BlockNo, deep bool) (slot string, err error)
 	if deep {
 		percent = atoll.ReservePercent
 	}
-	if blocks == atoll.SegmentBlocks {
-		if ready := n.slots.ready(); ready > 0 {
-			if err := n.roomFor(slotBytes-int64(ready)*slotBytes, percent); err != nil {
-				return "", err
-			}
-		}
-		if slot = n.slots.take(); slot != "" {
+	if err := n.roomFor(blocks.Bytes()-n.slots.bytes(), percent); err != nil {
+		return "", err
+	}
+	if slotSize(blocks) {
+		if slot = n.slots.take(blocks); slot != "" {
 			return slot, nil
 		}
 	}
@@ -59,27 +57,6 @@ func (n *Node) reserve(blocks atoll.BlockNo, deep bool) (slot string, err error)
 			return "", err
 		}
 	}
-}
-
-// drop gives a free slot's room back at once, for a file of another size; false
-// if there is none.
-func (s *slots) drop() bool {
-	s.mu.Lock()
-	k := len(s.mu.free) - 1
-	if k < 0 {
-		s.mu.Unlock()
-		return false
-	}
-	path := s.mu.free[k]
-	s.mu.free = s.mu.free[:k]
-	s.mu.Unlock()
-	s.n.metrics.count(0, 0, -1)
-	if err := s.n.fs.Remove(path); err != nil {
-		s.n.log.Warn("slot not removed", "name", path, "err", err)
-		return false
-	}
-	s.n.unreserveBytes(slotBytes)
-	return true
 }
 
 // roomFor is ErrNoSpace when the disk is too full for size more bytes.
@@ -120,7 +97,7 @@ func (n *Node) unreserveBytes(size int64) {
 // lookForRoom lets a node that met a full disk try again once the disk says that
 // it has room: others may have freed it.
 func (n *Node) lookForRoom() {
-	if n.full.Load() && n.roomFor(slotBytes, atoll.HighWaterPercent) == nil {
+	if n.full.Load() && n.roomFor(n.slots.usual.Bytes(), atoll.HighWaterPercent) == nil {
 		n.full.Store(false)
 	}
 }

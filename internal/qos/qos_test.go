@@ -14,6 +14,7 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/atollstore/atoll/internal/atoll"
+	"github.com/atollstore/atoll/internal/host/hosttest"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -340,7 +341,7 @@ func TestNoAllocation(t *testing.T) {
 	for name, l := range map[string]Limits{"none": {}, "high": {IOPSTotal: {Rate: 1 << 40}, BPSRead: {Rate: 1 << 50, Burst: 1 << 51}}} {
 		q := throttle(t, l)
 		ctx := t.Context()
-		if n := testing.AllocsPerRun(1000, func() { q.Wait(ctx, Read, 4096) }); n != 0 {
+		if n := hosttest.Allocs(1000, func() { q.Wait(ctx, Read, 4096) }); n != 0 {
 			t.Errorf("%s: %v allocations", name, n)
 		}
 	}

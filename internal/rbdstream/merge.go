@@ -13,7 +13,8 @@ import (
 // V1. It reads both once and holds no more than one record of each. The second
 // must begin at the version where the first ends, and both must have their
 // metadata first and their ranges in ascending order without overlap, as every
-// diff of rbd and of Writer has.
+// diff of rbd and of Writer has. Ranges are copied as they are, but for what the
+// other diff cuts off: the result is rbd's own, byte for byte.
 func Merge(out io.Writer, a, b io.Reader) error {
 	err := mergeDiffs(out, a, b)
 	if errors.Is(err, atoll.ErrCorrupt) {
@@ -173,13 +174,11 @@ func (c *cursor) load() error {
 
 // copy moves n bytes of the current range to w.
 func (c *cursor) copy(w *Writer, n int64) error {
-	var err error
+	var data io.Reader
 	if c.rec.Kind == Write {
-		err = w.WriteFrom(c.at.off, n, c.r)
-	} else {
-		err = w.Zero(c.at.off, n)
+		data = c.r
 	}
-	if err != nil {
+	if err := w.piece(c.at.off, n, data); err != nil {
 		return err
 	}
 	c.at.off, c.at.n = c.at.off+n, c.at.n-n

@@ -65,16 +65,18 @@ func TestMerge(t *testing.T) {
 		want string
 	}{
 		{"b wins", rawDiff("f", "x", 1000, data(0, "abc"), zeros(500, 100)), rawDiff("x", "y", 1000, data(1, "Q"), data(550, "RR")),
-			"f f\nt y\ns 1000\nw 0 3 \"aQc\"\nz 500 50\nw 550 2 \"RR\"\nz 552 48\n"},
+			"f f\nt y\ns 1000\nw 0 1 \"a\"\nw 1 1 \"Q\"\nw 2 1 \"c\"\nz 500 50\nw 550 2 \"RR\"\nz 552 48\n"},
 		{"b cuts off", rawDiff("", "x", 1000, data(0, "abc"), data(500, "aaaaaaaaaaaaaaaaaaaa")), rawDiff("x", "", 510, data(1, "Q")),
-			"s 510\nw 0 3 \"aQc\"\nw 500 10 \"aaaaaaaaaa\"\n"},
+			"s 510\nw 0 1 \"a\"\nw 1 1 \"Q\"\nw 2 1 \"c\"\nw 500 10 \"aaaaaaaaaa\"\n"},
 		{"b grows", rawDiff("", "x", 1000, data(0, "abc"), data(500, "a")), rawDiff("x", "y", 1500, data(990, "QQQQQQQQQQQQ")),
 			"t y\ns 1500\nw 0 3 \"abc\"\nw 500 1 \"a\"\nw 990 12 \"QQQQQQQQQQQQ\"\nz 1002 498\n"},
 		{"b covers several", rawDiff("", "x", 100, data(0, "abc"), zeros(5, 5), data(20, "xyz")), rawDiff("x", "y", 100, zeros(2, 19)),
 			"t y\ns 100\nw 0 2 \"ab\"\nz 2 19\nw 21 2 \"yz\"\n"},
 		{"nothing", rawDiff("", "x", 100), rawDiff("x", "", 100), "s 100\n"},
 		{"only growth", rawDiff("", "x", 100), rawDiff("x", "y", 5000), "t y\ns 5000\nz 100 4900\n"},
-		{"empty ranges", rawDiff("", "x", 100, zeros(0, 0), data(0, "a")), rawDiff("x", "y", 100, zeros(1, 0), data(1, "b")), "t y\ns 100\nw 0 2 \"ab\"\n"},
+		{"touching, and zeros as data", rawDiff("", "x", 100, data(0, "ab"), data(2, "\x00\x00"), zeros(4, 2)), rawDiff("x", "y", 100, zeros(6, 1)),
+			"t y\ns 100\nw 0 2 \"ab\"\nw 2 2 \"\\x00\\x00\"\nz 4 2\nz 6 1\n"},
+		{"empty ranges", rawDiff("", "x", 100, zeros(0, 0), data(0, "a")), rawDiff("x", "y", 100, zeros(1, 0), data(1, "b")), "t y\ns 100\nw 0 1 \"a\"\nw 1 1 \"b\"\n"},
 	} {
 		got, err := merged(t, c.a, c.b)
 		if err != nil || got != c.want {

@@ -55,6 +55,9 @@ const (
 // bufferSize is the size of the buffers between records and the stream.
 const bufferSize = 64 << 10
 
+// copySize is the size of the buffer of what is copied from a reader.
+const copySize = 256 << 10
+
 // zeroPage is never written to.
 var zeroPage [PageSize]byte
 
@@ -145,7 +148,7 @@ func (w *Writer) Write(off int64, p []byte) error {
 // WriteFrom adds n bytes of data from r at off.
 func (w *Writer) WriteFrom(off, n int64, r io.Reader) error {
 	if w.page == nil {
-		w.page = make([]byte, 256<<10)
+		w.page = make([]byte, copySize)
 	}
 	for n > 0 {
 		m := min(n, int64(len(w.page))-off%PageSize)
@@ -165,6 +168,34 @@ func (w *Writer) WriteFrom(off, n int64, r io.Reader) error {
 func (w *Writer) Zero(off, n int64) error {
 	if w.enterRange(off, n) {
 		w.addZero(off, n)
+	}
+	return w.err
+}
+
+// piece adds n bytes at off as a record of their own, as they are: data from r, or
+// zeros if r is nil.
+func (w *Writer) piece(off, n int64, r io.Reader) error {
+	if !w.enterRange(off, n) {
+		return w.err
+	}
+	w.flushRuns()
+	if r == nil {
+		w.tag(tagZero, 16)
+		w.span(off, n)
+		return w.err
+	}
+	w.tag(tagWrite, 16+n)
+	w.span(off, n)
+	if w.page == nil {
+		w.page = make([]byte, copySize)
+	}
+	for n > 0 && w.err == nil {
+		p := w.page[:min(n, copySize)]
+		if _, err := io.ReadFull(r, p); err != nil {
+			return w.fail(fmt.Errorf("write %v: read data for %d: %w", w.o.Format, off, err))
+		}
+		w.put(p)
+		n -= int64(len(p))
 	}
 	return w.err
 }

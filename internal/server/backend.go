@@ -30,6 +30,7 @@ type backend struct{ s *Server }
 var (
 	_ api.Backend     = (*backend)(nil)
 	_ api.DemoBackend = (*backend)(nil)
+	_ api.Rights      = (*backend)(nil)
 )
 
 // Healthy implements api.Backend.
@@ -403,7 +404,9 @@ func describeOpen(v *atollv1.Volume, o *openVolume) {
 	ms, vs, st := o.medium.Stats(), o.vol.Stats(), o.state()
 	v.Open, v.Epoch, v.SizeBytes = true, uint64(ms.Epoch), o.vol.Size()
 	v.MappedBytes = proto.Int64(vs.MappedBlocks * atoll.BlockSize)
-	v.LogBytes, v.LiveBytes, v.Segments = proto.Int64(ms.Stored+ms.Log), proto.Int64(ms.Live), proto.Int32(int32(ms.Segments))
+	// What open segments hold since before the mark is in neither of the two, but all
+	// that lives is in some segment.
+	v.LogBytes, v.LiveBytes, v.Segments = proto.Int64(max(ms.Stored+ms.Log, ms.Live)), proto.Int64(ms.Live), proto.Int32(int32(ms.Segments))
 	v.ReclaimableBytes, v.ShortSegments = proto.Int64(ms.Reclaimable), proto.Int32(int32(ms.Unverified))
 	seen := visible(st)
 	v.Release, v.Versions, v.Last = proto.Uint64(st.Release), proto.Int32(int32(len(seen))), proto.Uint64(0)

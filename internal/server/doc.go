@@ -16,14 +16,17 @@
 // Rules:
 //
 //   - A volume in use (an NBD client, an import) is not renamed, removed or
-//     replaced: ErrBusy. A removed one is in the trash, where nobody can acquire
-//     it, until it is restored, or purged by its user, by time, or for want of room
+//     replaced: ErrBusy. A removed one is in the trash, where only its check can
+//     acquire it, until it is restored, or purged by its user, by time, or for want of room
 //     (trash.go, lead.go).
 //   - An import is the only user of its volume and ends whole or not at all, also
 //     by silence, a crash, or the loss of the lease (imports.go).
 //   - What one server of a cluster does for all (expiry, schedules) is done by the
 //     one whose process leads the controllers. Two that believe to lead do no harm:
 //     every step is a transaction on what it was decided from.
+//   - Who calls is found out in one place (api's caller.go), and whether they may is
+//     decided in one place (rights.go), before the call. A call that is passed on
+//     was authorized where it came in.
 //   - Every refusal has its kind, and where there is something to do about it a
 //     hint that says what.
 //

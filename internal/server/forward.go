@@ -41,7 +41,7 @@ func (n *neighbours) client(addr string) (*api.Client, error) {
 	if c := n.mu.clients[addr]; c != nil {
 		return c, nil
 	}
-	c, err := api.NewClient("https://"+addr, "", n.s.home.identity.ClientTLS(""))
+	c, err := api.NewClient("https://"+addr, api.Credential{}, n.s.home.identity.ClientTLS(""))
 	if err != nil {
 		return nil, err
 	}
@@ -77,7 +77,7 @@ func (b *backend) owner(ctx context.Context, id atoll.MediumID) (*neighbour, err
 
 // ownerOf returns the other server that owns a medium now, nil if there is none.
 func (b *backend) ownerOf(ctx context.Context, id atoll.MediumID) (*neighbour, error) {
-	if b.s.volumes.has(id) {
+	if b.s.volumes.owns(id) {
 		return nil, nil
 	}
 	h, err := b.s.cat.Head(ctx, id)

@@ -10,6 +10,7 @@ import (
 	"connectrpc.com/connect"
 
 	"github.com/atollstore/atoll/internal/api"
+	"github.com/atollstore/atoll/internal/api/atollv1"
 	"github.com/atollstore/atoll/internal/atoll"
 	"github.com/atollstore/atoll/internal/pki"
 )
@@ -22,7 +23,7 @@ func dialAPI(t *testing.T, addr, credential string) *api.Client {
 	if len(credential) > 71 {
 		conf = pki.PinnedTLS(credential[7:71], nil)
 	}
-	c, err := api.NewClient(addr, credential, conf)
+	c, err := api.NewClient(addr, api.Credential{Token: credential}, conf)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -39,7 +40,7 @@ func refusesStrangers(t *testing.T, addr, proto string) {
 		return
 	}
 	defer c.Close()
-	_ = c.SetDeadline(time.Now().Add(5 * time.Second))
+	_ = c.SetDeadline(time.Now().Add(patience))
 	// In TLS 1.3 the refusal comes with the first read.
 	if _, err = c.Read(make([]byte, 1)); err == nil {
 		t.Errorf("%s at %s spoke to a stranger", proto, addr)
@@ -67,7 +68,7 @@ func TestJoinNode(t *testing.T) {
 	if second.cluster.ID != first.cluster.ID {
 		t.Fatalf("clusters %v and %v", first.cluster.ID, second.cluster.ID)
 	}
-	eventually(t, 5*time.Second, "both nodes up", func() bool {
+	eventually(t, "both nodes up", func() bool {
 		up := 0
 		for _, n := range first.cat.State().Nodes {
 			if n.Up {
@@ -80,7 +81,7 @@ func TestJoinNode(t *testing.T) {
 	dev := open(t, second, "disk1")
 	fill(t, dev, 20, false)
 	second.volumes.Release(dev)
-	c, err := (&backend{s: second}).CheckVolume(t.Context(), "disk1", true)
+	c, err := (&backend{s: second}).CheckVolume(t.Context(), &atollv1.CheckVolumeRequest{Name: "disk1", ReadAll: true})
 	if err != nil || c.CheckedBytes < 2*20<<16 || len(c.Problems)+len(c.Unchecked) > 0 {
 		t.Errorf("check: %v %v", c, err)
 	}
@@ -90,8 +91,8 @@ func TestJoinNode(t *testing.T) {
 	first.volumes.Release(dev)
 
 	second = start(t, testConfig(t, dir, join...), Options{})
-	eventually(t, 10*time.Second, "open at the second", func() bool {
-		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+	eventually(t, "open at the second", func() bool {
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 		defer cancel()
 		for _, o := range first.volumes.list() {
 			first.volumes.closeIdle(o, 0)
@@ -112,7 +113,7 @@ func TestJoinController(t *testing.T) {
 	t.Parallel()
 	first := start(t, testConfig(t, testDir(t)), Options{})
 	second := start(t, testConfig(t, testDir(t), "--roles", "controller", "--join", first.cfg.Listen, "--token", token(t, first, 0)), Options{})
-	eventually(t, 20*time.Second, "two full members", func() bool {
+	eventually(t, "two full members", func() bool {
 		ms, err := second.etcd.Members(t.Context())
 		return err == nil && len(ms) == 2 && !ms[0].Learner && !ms[1].Learner
 	})
@@ -120,8 +121,8 @@ func TestJoinController(t *testing.T) {
 		t.Errorf("the second sees %d nodes", len(second.cat.State().Nodes))
 	}
 	// The last of two takes long to stop: it has lost its majority.
-	stop(t, first, 15*time.Second)
-	stop(t, second, 15*time.Second)
+	stop(t, first, stopLimit)
+	stop(t, second, stopLimit)
 }
 
 // A token admits one server, within its time, to its own cluster.
@@ -132,7 +133,7 @@ func TestTokens(t *testing.T) {
 	defer mustStop(t, other)
 	join := func(tok string) error {
 		cfg := testConfig(t, testDir(t), "--roles", "node", "--join", s.cfg.Listen, "--token", tok, "--disk", testDir(t))
-		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+		ctx, cancel := context.WithTimeout(t.Context(), patience)
 		defer cancel()
 		joined, err := Start(ctx, cfg, Options{Log: testLog(t)})
 		if err == nil {
@@ -148,7 +149,7 @@ func TestTokens(t *testing.T) {
 		t.Errorf("second use: %v", err)
 	}
 	short := token(t, s, time.Millisecond)
-	eventually(t, time.Second, "expired", func() bool { return errors.Is(join(short), atoll.ErrDenied) })
+	eventually(t, "expired", func() bool { return errors.Is(join(short), atoll.ErrDenied) })
 	if err := join(token(t, other, 0)); err == nil {
 		t.Error("a token of another cluster was taken")
 	}

@@ -13,8 +13,6 @@ import (
 	"time"
 
 	"github.com/atollstore/atoll/internal/api"
-	"github.com/atollstore/atoll/internal/atoll"
-	"github.com/atollstore/atoll/internal/catalog"
 	"github.com/atollstore/atoll/internal/host"
 	"github.com/atollstore/atoll/internal/pki"
 )
@@ -175,86 +173,6 @@ func (l *chanListener) put(ctx context.Context, c net.Conn) {
 	case <-ctx.Done():
 		_ = c.Close()
 	}
-}
-
-// etcdProxy is a Unix socket in the data directory behind which a controller's
-// etcd answers: each connection becomes a tunnel to one of the members.
-type etcdProxy struct {
-	l       net.Listener
-	path    string
-	members []string
-	tls     *tls.Config
-	ctx     context.Context
-	cancel  context.CancelFunc
-	wg      sync.WaitGroup
-	log     *slog.Logger
-}
-
-func startEtcdProxy(path string, members []string, id *pki.Identity, log *slog.Logger) (*etcdProxy, error) {
-	if len(members) == 0 {
-		return nil, fmt.Errorf("no member of the cluster is known that has the catalog: %w", atoll.ErrUnavailable)
-	}
-	l, err := host.TCP{}.Listen("unix:" + path)
-	if err != nil {
-		return nil, err
-	}
-	conf := id.ClientTLS("")
-	conf.NextProtos = []string{protoEtcd}
-	ctx, cancel := context.WithCancel(context.Background())
-	p := &etcdProxy{l: l, path: path, members: members, tls: conf, ctx: ctx, cancel: cancel, log: log}
-	p.wg.Go(p.accept)
-	return p, nil
-}
-
-func (p *etcdProxy) close() error {
-	p.cancel()
-	err := p.l.Close()
-	p.wg.Wait()
-	return err
-}
-
-func (p *etcdProxy) accept() {
-	for {
-		c, err := p.l.Accept()
-		if err != nil {
-			return
-		}
-		p.wg.Go(func() { p.serve(c) })
-	}
-}
-
-func (p *etcdProxy) serve(c net.Conn) {
-	for _, addr := range p.members {
-		ctx, cancel := context.WithTimeout(p.ctx, handshakeTimeout)
-		raw, err := host.TCP{}.Dial(ctx, addr)
-		if err == nil {
-			t := tls.Client(raw, p.tls)
-			if err = t.HandshakeContext(ctx); err == nil {
-				cancel()
-				splice(p.ctx, c, t)
-				return
-			}
-			_ = raw.Close()
-		}
-		cancel()
-		p.log.Debug("catalog not reached", "member", addr, "err", err)
-	}
-	_ = c.Close()
-}
-
-// proxyEtcd reaches the catalog of a cluster that this server joined.
-func (s *Server) proxyEtcd() (_ *catalog.Etcd, err error) {
-	path := s.home.socket("etcd.sock")
-	if s.proxy, err = startEtcdProxy(path, s.home.rec.Members, s.home.identity, s.log); err != nil {
-		return nil, err
-	}
-	s.onStop(s.proxy.close)
-	kv, err := catalog.DialEtcd([]string{"unix://" + path}, nil, s.log)
-	if err != nil {
-		return nil, err
-	}
-	s.onStop(kv.Close)
-	return kv, nil
 }
 
 // mixedListener serves TLS and, if plain is allowed, plain connections on one

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"net"
 	"os"
 	"strings"
 	"testing"
@@ -19,6 +18,7 @@ import (
 	"github.com/atollstore/atoll/internal/api/atollv1"
 	"github.com/atollstore/atoll/internal/gateway/nbd"
 	"github.com/atollstore/atoll/internal/host"
+	"github.com/atollstore/atoll/internal/host/hosttest"
 )
 
 func TestMain(m *testing.M) {
@@ -61,26 +61,11 @@ func testDir(t *testing.T) string {
 // freePort finds three neighbouring ports of which nobody listens on any.
 func freePort(t *testing.T) string {
 	t.Helper()
-	for range 100 {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		addr := l.Addr().String()
-		_ = l.Close()
-		free := true
-		for n := range 3 {
-			l, err := net.Listen("tcp", portAfter(addr, n))
-			if free = free && err == nil; err == nil {
-				_ = l.Close()
-			}
-		}
-		if free {
-			return addr
-		}
+	port, err := hosttest.Ports(3)
+	if err != nil {
+		t.Fatal(err)
 	}
-	t.Fatal("no free ports")
-	return ""
+	return fmt.Sprintf("127.0.0.1:%d", port)
 }
 
 // load reads a configuration from flags.
@@ -147,7 +132,7 @@ func mustStop(t *testing.T, s *Server) {
 
 func client(t *testing.T, s *Server) *api.Client {
 	t.Helper()
-	c, err := api.NewClient("unix:"+s.Socket(), "", nil)
+	c, err := api.NewClient("unix:"+s.Socket(), api.Credential{}, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -219,10 +204,14 @@ func get(t *testing.T, s *Server, path string) string {
 	return string(b)
 }
 
-// eventually waits until ok, at most d.
-func eventually(t *testing.T, d time.Duration, what string, ok func() bool) {
+// patience is how long a test waits for what must happen some time: how quick it
+// is on this machine is not what the tests ask.
+const patience = 2 * time.Minute
+
+// eventually waits until ok.
+func eventually(t *testing.T, what string, ok func() bool) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), d)
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
@@ -230,7 +219,7 @@ func eventually(t *testing.T, d time.Duration, what string, ok func() bool) {
 		select {
 		case <-tick.C:
 		case <-ctx.Done():
-			t.Fatalf("%s: not within %v", what, d)
+			t.Fatalf("%s: not within %v", what, patience)
 		}
 	}
 }

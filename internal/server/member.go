@@ -209,7 +209,7 @@ func (h *home) join(ctx context.Context, cfg *Config) error {
 	if err != nil {
 		return err
 	}
-	c, err := api.NewClient("https://"+cfg.Join, "", pki.PinnedTLS(tok.CAHash, nil))
+	c, err := api.NewClient("https://"+cfg.Join, api.Credential{}, pki.PinnedTLS(tok.CAHash, nil))
 	if err != nil {
 		return err
 	}

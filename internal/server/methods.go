@@ -41,6 +41,10 @@ func trashMove(c *api.Client) method[atollv1.MoveToTrashRequest, atollv1.TrashEn
 	return c.Trash.MoveToTrash
 }
 
+func trashRestore(c *api.Client) method[atollv1.RestoreTrashRequest, atollv1.Entry] {
+	return c.Trash.RestoreTrash
+}
+
 func versionsCreate(c *api.Client) method[atollv1.CreateVersionRequest, atollv1.CreateVersionResponse] {
 	return c.Versions.CreateVersion
 }

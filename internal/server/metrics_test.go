@@ -4,7 +4,6 @@ import (
 	"regexp"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/prometheus/client_golang/prometheus/testutil/promlint"
 )
@@ -20,7 +19,7 @@ func TestMetrics(t *testing.T) {
 	verify(t, dev, 10)
 	defer s.volumes.Release(dev)
 	text := ""
-	eventually(t, 5*time.Second, "health", func() bool {
+	eventually(t, "health", func() bool {
 		text = get(t, s, "/metrics")
 		return strings.Contains(text, `atoll_cluster_health{state="healthy"} 1`)
 	})

@@ -21,8 +21,8 @@ import (
 const offlineStart = 30 * time.Second
 
 // CheckOffline checks media of a server that is stopped, as CheckVolume does of
-// one that runs: those named, or all of them but those in the trash; deleted ones
-// that clones need are checked, too. each gets the outcome of every one, in order; an
+// one that runs: those named, or all of them, also those in the trash and deleted
+// ones that clones need. each gets the outcome of every one, in order; an
 // error there means that it could not be checked. Nobody is served meanwhile, and
 // at the end the data are as after a clean stop. ErrBusy when a server uses the
 // directory, ErrNotExist when there is none of a server, ErrUnsupported when it
@@ -113,13 +113,22 @@ func usedDisk(path string) error {
 	return nil
 }
 
-// allMedia lists the volumes that can be opened: live ones, then deleted ones
-// that clones need, whose names tell that. Those in the trash cannot.
+// allMedia lists the volumes that can be opened: live ones, then those in the trash
+// and deleted ones that clones need, whose names tell that.
 func (b *backend) allMedia(ctx context.Context) ([]catalog.Medium, error) {
 	var out []catalog.Medium
 	err := b.s.volumes.each(ctx, func(m catalog.Medium) { out = append(out, m) })
 	if err != nil {
 		return nil, err
+	}
+	trash, err := b.s.cat.Trashed(ctx, 0, 0)
+	if err != nil {
+		return nil, err
+	}
+	for _, m := range trash {
+		if m.Kind == catalog.KindVolume {
+			out = append(out, goneName(m))
+		}
 	}
 	for after := atoll.MediumID(0); ; {
 		gone, err := b.s.cat.Deleting(ctx, after, 100)
@@ -128,8 +137,7 @@ func (b *backend) allMedia(ctx context.Context) ([]catalog.Medium, error) {
 		}
 		for _, m := range gone {
 			if after = m.ID; m.Kind == catalog.KindVolume && m.State == catalog.MediumDetached {
-				m.Name = fmt.Sprintf("%s (deleted, %v)", m.Name, m.ID)
-				out = append(out, m)
+				out = append(out, goneName(m))
 			}
 		}
 		if len(gone) < 100 {

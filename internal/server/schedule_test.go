@@ -67,7 +67,7 @@ func TestSchedule(t *testing.T) {
 	ctx := t.Context()
 	create(t, s, "disk1", "")
 	mine := backup(t, client(t, s), "mine", "disk1")[0]
-	eventually(t, 10*time.Second, "leading", s.leads)
+	eventually(t, "leading", s.leads)
 	spec := "hourly=3,daily=2"
 	if r, err := b.SetSchedule(ctx, &atollv1.SetScheduleRequest{Name: "disk1", Schedule: "hourly=3, daily=2"}); err != nil || r.Schedule != spec {
 		t.Fatal(r, err)
@@ -84,7 +84,7 @@ func TestSchedule(t *testing.T) {
 		}
 		return slices.DeleteFunc(l.Versions, func(v *atollv1.Version) bool { return v.Properties[propMadeBy] == "" })
 	}
-	eventually(t, 10*time.Second, "the first scheduled version", func() bool { return len(count()) == 1 })
+	eventually(t, "the first scheduled version", func() bool { return len(count()) == 1 })
 	if by := count()[0].Properties[propMadeBy]; by != "hourly,daily" {
 		t.Errorf("made by %s", by)
 	}

@@ -52,7 +52,7 @@ type Server struct {
 	started time.Time
 
 	etcd    *catalog.EtcdServer // nil without the controller role
-	proxy   *etcdProxy          // nil with it
+	proxies []*etcdProxy        // none with it
 	dialed  *catalog.Etcd       // nil with an embedded etcd
 	cat     *catalog.Catalog
 	cluster catalog.Cluster

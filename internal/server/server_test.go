@@ -122,10 +122,10 @@ func TestVolumesShareCloseReopen(t *testing.T) {
 	if err := s.cat.EndSession(t.Context(), old.ID()); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, 10*time.Second, "another session", func() bool { return s.session() != old && s.session().Valid() })
+	eventually(t, "another session", func() bool { return s.session() != old && s.session().Valid() })
 	s.volumes.Release(dev)
-	eventually(t, 10*time.Second, "serving again", func() bool {
-		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+	eventually(t, "serving again", func() bool {
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 		defer cancel()
 		again, _, err := s.volumes.Open(ctx, "disk1")
 		if err != nil {
@@ -135,7 +135,7 @@ func TestVolumesShareCloseReopen(t *testing.T) {
 		p := make([]byte, 4096)
 		return again != dev && again.Read(ctx, p, 0) == nil && p[0] == 1
 	})
-	eventually(t, 5*time.Second, "nodes up again", func() bool {
+	eventually(t, "nodes up again", func() bool {
 		up := 0
 		for _, n := range s.cat.State().Nodes {
 			if n.Up {
@@ -164,7 +164,7 @@ func TestVolumesReopenWhileClosing(t *testing.T) {
 			}
 		})
 		if round%2 == 0 {
-			eventually(t, 5*time.Second, "closing", func() bool { return !s.volumes.has(o.id) })
+			eventually(t, "closing", func() bool { return !s.volumes.has(o.id) })
 		}
 		dev = open(t, s, "disk1")
 		for n := range round + 1 {
@@ -257,7 +257,7 @@ func TestCheckRepairs(t *testing.T) {
 	if _, err := b.Inject(t.Context(), 2, "corrupt", 0); err != nil {
 		t.Fatal(err)
 	}
-	first, err := b.CheckVolume(t.Context(), "disk1", true)
+	first, err := b.CheckVolume(t.Context(), &atollv1.CheckVolumeRequest{Name: "disk1", ReadAll: true})
 	if err != nil || first.DamagedBytes == 0 || first.RepairedBytes != first.DamagedBytes || len(first.Problems)+len(first.Unchecked) > 0 {
 		t.Fatalf("first: %v %v", first, err)
 	}
@@ -265,7 +265,7 @@ func TestCheckRepairs(t *testing.T) {
 		t.Errorf("not all was read: %v", first)
 	}
 	for _, read := range []bool{false, true} {
-		again, err := b.CheckVolume(t.Context(), "disk1", read)
+		again, err := b.CheckVolume(t.Context(), &atollv1.CheckVolumeRequest{Name: "disk1", ReadAll: read})
 		if err != nil || again.DamagedBytes != 0 || len(again.Problems)+len(again.Unchecked) > 0 {
 			t.Errorf("again: %v %v", again, err)
 		}
@@ -275,14 +275,14 @@ func TestCheckRepairs(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	lost, err := b.CheckVolume(t.Context(), "disk1", true) // the same blocks of all copies
+	lost, err := b.CheckVolume(t.Context(), &atollv1.CheckVolumeRequest{Name: "disk1", ReadAll: true}) // the same blocks of all copies
 	if err != nil || len(lost.Problems) == 0 || lost.RepairedBytes >= lost.DamagedBytes {
 		t.Errorf("with all copies damaged: %v %v", lost, err)
 	}
 	if _, err := b.Inject(t.Context(), 3, "kill", 0); err != nil {
 		t.Fatal(err)
 	}
-	down, err := b.CheckVolume(t.Context(), "disk1", true)
+	down, err := b.CheckVolume(t.Context(), &atollv1.CheckVolumeRequest{Name: "disk1", ReadAll: true})
 	if err != nil || len(down.Unchecked) == 0 {
 		t.Errorf("with a node down: %v %v", down, err)
 	}
@@ -342,7 +342,7 @@ func TestMixedListenerTLSOnly(t *testing.T) {
 	if _, err := c.Write([]byte("GET / HTTP/1.1\r\n\r\n")); err != nil {
 		t.Fatal(err)
 	}
-	_ = c.SetReadDeadline(time.Now().Add(5 * time.Second))
+	_ = c.SetReadDeadline(time.Now().Add(patience))
 	if n, err := c.Read(make([]byte, 1)); err == nil || n > 0 || errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Errorf("a plain connection got %d bytes, %v", n, err)
 	}

@@ -40,8 +40,7 @@ func (b *backend) visiting(ctx context.Context, rec catalog.Medium, limit time.D
 // get before pins change; else it is to be called again.
 func (b *backend) shrink(ctx context.Context, rec catalog.Medium) (done bool, err error) {
 	id := rec.ID
-	rec.Name = fmt.Sprintf("%s (deleted, %v)", rec.Name, id) // there may be another one of this name
-	err = b.visiting(ctx, rec, shrinkTime, func(ctx context.Context, o *openVolume) error {
+	err = b.visiting(ctx, goneName(rec), shrinkTime, func(ctx context.Context, o *openVolume) error {
 		before := len(o.vol.Versions())
 		if err := letGo(ctx, o); err != nil {
 			return err

@@ -3,7 +3,6 @@ package server
 import (
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/atollstore/atoll/internal/catalog"
 )
@@ -21,11 +20,11 @@ func TestSilentNode(t *testing.T) {
 		}
 		return st.Health + " " + strings.Join(st.Reasons, "; ")
 	}
-	eventually(t, 5*time.Second, "healthy", func() bool { return strings.HasPrefix(health(), "healthy") })
+	eventually(t, "healthy", func() bool { return strings.HasPrefix(health(), "healthy") })
 	if _, err := b.Inject(t.Context(), 2, "pause", 0); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, 8*time.Second, "told of", func() bool {
+	eventually(t, "told of", func() bool {
 		text := health()
 		return strings.HasPrefix(text, "degraded") && strings.Contains(text, "node 2") && strings.Contains(text, "does not answer")
 	})
@@ -35,5 +34,5 @@ func TestSilentNode(t *testing.T) {
 	if _, err := b.Inject(t.Context(), 2, "revive", 0); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, 5*time.Second, "healthy again", func() bool { return strings.HasPrefix(health(), "healthy") })
+	eventually(t, "healthy again", func() bool { return strings.HasPrefix(health(), "healthy") })
 }

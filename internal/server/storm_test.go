@@ -21,7 +21,7 @@ func TestStorm(t *testing.T) {
 	second := start(t, testConfig(t, testDir(t), "--roles", "gateway", "--join", first.cfg.Listen, "--token", token(t, first, 0)), Options{})
 	defer mustStop(t, first)
 	defer mustStop(t, second)
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
 	end := time.Now().Add(time.Second)
 	var wg sync.WaitGroup
@@ -47,7 +47,7 @@ func TestStorm(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, v := range list {
-		r, err := b.CheckVolume(ctx, v.Name, false)
+		r, err := b.CheckVolume(ctx, &atollv1.CheckVolumeRequest{Name: v.Name})
 		if err != nil || len(r.Problems)+len(r.Unchecked) > 0 {
 			t.Errorf("check %s: %v %v", v.Name, r, err)
 		}
@@ -56,8 +56,8 @@ func TestStorm(t *testing.T) {
 }
 
 // stormLimit is the longest that a call may take: waiting for another owner's
-// lease to end, and what a machine under load adds.
-const stormLimit = 12 * time.Second
+// lease to end, and what a slow machine under load adds.
+const stormLimit = time.Minute
 
 // allowed are the ends that calls may have while others do the same. Every open
 // takes new segments of a small disk.

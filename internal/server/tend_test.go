@@ -59,7 +59,7 @@ func TestDeletedParentKeepsWhatClonesNeed(t *testing.T) {
 	}
 	create(t, s, "disk", "writethrough") // the name is free
 	var kept []*atollv1.KeptMedium
-	eventually(t, 30*time.Second, "room of two versions kept", func() bool {
+	eventually(t, "room of two versions kept", func() bool {
 		kept = keptMedia(t, c)
 		return len(kept) == 1 && kept[0].Bytes > 0
 	})
@@ -85,18 +85,18 @@ func TestDeletedParentKeepsWhatClonesNeed(t *testing.T) {
 		}
 	}
 	del("clone-d")
-	eventually(t, 30*time.Second, "one clone left", func() bool {
+	eventually(t, "one clone left", func() bool {
 		kept = keptMedia(t, c)
 		return len(kept) == 1 && slices.Equal(kept[0].Clones, []string{"clone-b"})
 	})
-	eventually(t, 30*time.Second, "one version left", func() bool { return !s.volumes.has(rec.ID) && versionsOf(t, s, rec) == 1 })
+	eventually(t, "one version left", func() bool { return !s.volumes.has(rec.ID) && versionsOf(t, s, rec) == 1 })
 	dev = open(t, s, "clone-b")
 	if at(t, dev, 0) != 'b' || at(t, dev, part-4096) != 'b' {
 		t.Error("the clone lost its parent's data")
 	}
 	s.volumes.Release(dev)
 	del("clone-b")
-	eventually(t, 30*time.Second, "all of it gone", func() bool { return len(keptMedia(t, c)) == 0 })
+	eventually(t, "all of it gone", func() bool { return len(keptMedia(t, c)) == 0 })
 }
 
 // opened opens a medium for a look at it, also one that is deleted.

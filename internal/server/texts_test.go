@@ -3,7 +3,6 @@ package server
 import (
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/atollstore/atoll/internal/api/atollv1"
 	"github.com/atollstore/atoll/internal/atoll"
@@ -84,9 +83,9 @@ func TestStartedStays(t *testing.T) {
 	if err := s.cat.EndSession(t.Context(), first.ID()); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, 20*time.Second, "announced anew", func() bool { return s.session() != first })
+	eventually(t, "announced anew", func() bool { return s.session() != first })
 	c := client(t, s)
-	eventually(t, 20*time.Second, "listed", func() bool {
+	eventually(t, "listed", func() bool {
 		st, err := c.Cluster.GetStatus(t.Context(), message(&atollv1.GetStatusRequest{}))
 		if err != nil || len(st.Msg.Processes) != 1 {
 			return false

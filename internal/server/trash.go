@@ -17,8 +17,28 @@ import (
 )
 
 // crowded is the part of the raw space in use from which the trash is emptied
-// before its time.
-const crowded = 0.85
+// before its time, and crowdedFor how long that must last: what nodes report lags
+// behind deletions, and a burst of writes holds room for a moment that it does not
+// need.
+const (
+	crowded    = 0.85
+	crowdedFor = 10 * time.Second
+)
+
+// crowding remembers since when the cluster is crowded while nothing is being
+// deleted that would give room back.
+type crowding struct{ since time.Time }
+
+// lasts notes what is seen now and reports whether the trash must give room back.
+func (c *crowding) lasts(now time.Time, used float64, deleting bool) bool {
+	switch {
+	case used < crowded || deleting:
+		c.since = time.Time{}
+	case c.since.IsZero():
+		c.since = now
+	}
+	return !c.since.IsZero() && now.Sub(c.since) >= crowdedFor
+}
 
 // trashNote is the note on what goes to the trash now.
 func (b *backend) trashNote(source string, expires time.Time) catalog.Trash {
@@ -188,46 +208,67 @@ func (b *backend) ListTrash(ctx context.Context, r *atollv1.ListTrashRequest) (*
 }
 
 // trashed finds one medium in the trash: by id, or the one that was removed last
-// from a path.
-func (b *backend) trashed(ctx context.Context, id, path string) (atoll.MediumID, string, error) {
+// from a path, of an owner if that is not empty.
+func (b *backend) trashed(ctx context.Context, id, path, owner string) (catalog.Medium, error) {
 	if id != "" {
 		mid, err := atoll.ParseMediumID(id)
 		if err != nil {
-			return 0, "", err
+			return catalog.Medium{}, err
 		}
 		m, err := b.s.cat.Medium(ctx, mid)
 		if err == nil && m.State != catalog.MediumTrashed {
 			err = fmt.Errorf("medium %v is not in the trash: %w", mid, atoll.ErrNotExist)
 		}
-		return mid, m.Name, err
+		return m, err
 	}
 	all, err := b.s.cat.Trashed(ctx, 0, 0)
 	if err != nil {
-		return 0, "", err
+		return catalog.Medium{}, err
 	}
-	all = slices.DeleteFunc(all, func(m catalog.Medium) bool { return m.Name != path })
+	all = slices.DeleteFunc(all, func(m catalog.Medium) bool { return m.Name != path || owner != "" && m.Owner != owner })
 	if len(all) == 0 {
-		return 0, "", api.WithHint(fmt.Errorf("nothing that was at %q is in the trash: %w", path, atoll.ErrNotExist), `"atoll volume trash ls" shows what is`)
+		return catalog.Medium{}, api.WithHint(fmt.Errorf("nothing that was at %q is in the trash: %w", path, atoll.ErrNotExist), `"atoll volume trash ls" shows what is`)
 	}
-	newest := slices.MaxFunc(all, func(a, b catalog.Medium) int { return a.Trash.Removed.Compare(b.Trash.Removed) })
-	return newest.ID, newest.Name, nil
+	return slices.MaxFunc(all, func(a, b catalog.Medium) int { return a.Trash.Removed.Compare(b.Trash.Removed) }), nil
+}
+
+// unchecked ends a check of a medium in the trash that is under way here.
+func (b *backend) unchecked(ctx context.Context, m catalog.Medium) error {
+	limit := time.NewTimer(closeTimeout)
+	defer limit.Stop()
+	for !b.s.volumes.closeID(ctx, m.ID) {
+		select {
+		case <-time.After(20 * time.Millisecond):
+			continue
+		case <-limit.C:
+		case <-ctx.Done():
+		}
+		return fmt.Errorf("volume %q in the trash is being checked: %w", m.Name, atoll.ErrBusy)
+	}
+	return nil
 }
 
 // RestoreTrash implements api.Trash.
 func (b *backend) RestoreTrash(ctx context.Context, r *atollv1.RestoreTrashRequest) (*atollv1.Entry, error) {
-	id, name, err := b.trashed(ctx, r.Id, r.Path)
+	old, err := b.trashed(ctx, r.Id, r.Path, "")
 	if err != nil {
 		return nil, err
 	}
-	to := cmp.Or(r.NewPath, name)
-	m, err := b.s.cat.RestoreMedium(ctx, id, to, !r.NoParents)
+	if out, done, err := forward(ctx, b, old, &atollv1.RestoreTrashRequest{Id: old.ID.String(), NewPath: r.NewPath, NoParents: r.NoParents}, trashRestore); done {
+		return out, err
+	}
+	if err := b.unchecked(ctx, old); err != nil {
+		return nil, err
+	}
+	to := cmp.Or(r.NewPath, old.Name)
+	m, err := b.s.cat.RestoreMedium(ctx, old.ID, to, !r.NoParents)
 	if errors.Is(err, atoll.ErrExist) {
-		err = api.WithHint(fmt.Errorf("restore %q to %q: that name is taken: %w", name, to, atoll.ErrExist), "restore it under another name")
+		err = api.WithHint(fmt.Errorf("restore %q to %q: that name is taken: %w", old.Name, to, atoll.ErrExist), "restore it under another name")
 	}
 	if err != nil {
-		return nil, named(err, catalog.Medium{ID: id, Name: name})
+		return nil, named(err, old)
 	}
-	b.s.log.Info("medium restored from the trash", "medium", id, "name", m.Name)
+	b.s.log.Info("medium restored from the trash", "medium", m.ID, "name", m.Name)
 	return b.describeEntry(ctx, catalog.Entry{Path: m.Name, Medium: &m})
 }
 
@@ -238,11 +279,11 @@ func (b *backend) PurgeTrash(ctx context.Context, r *atollv1.PurgeTrashRequest) 
 	}
 	var list []catalog.Medium
 	if r.Id != "" {
-		id, _, err := b.trashed(ctx, r.Id, "")
+		m, err := b.trashed(ctx, r.Id, "", "")
 		if err != nil {
 			return nil, err
 		}
-		list = []catalog.Medium{{ID: id}}
+		list = []catalog.Medium{m}
 	} else {
 		all, err := b.s.cat.Trashed(ctx, 0, 0)
 		if err != nil {
@@ -252,6 +293,9 @@ func (b *backend) PurgeTrash(ctx context.Context, r *atollv1.PurgeTrashRequest) 
 	}
 	out := &atollv1.PurgeTrashResponse{}
 	for _, m := range list {
+		if err := b.unchecked(ctx, m); err != nil {
+			return nil, err
+		}
 		gone, err := b.s.cat.PurgeMedium(ctx, m.ID)
 		if errors.Is(err, atoll.ErrNotExist) {
 			continue // somebody else was faster
@@ -266,9 +310,9 @@ func (b *backend) PurgeTrash(ctx context.Context, r *atollv1.PurgeTrashRequest) 
 	return out, nil
 }
 
-// toPurge decides what of the trash goes now: what is past its time, or else, in
-// a crowded cluster that is not deleting anything yet, the oldest.
-func toPurge(all map[atoll.MediumID]catalog.Trash, now time.Time, used float64, deleting bool) []atoll.MediumID {
+// toPurge decides what of the trash goes now: what is past its time, or else, when
+// room is scarce, the oldest.
+func toPurge(all map[atoll.MediumID]catalog.Trash, now time.Time, scarce bool) []atoll.MediumID {
 	var purge []atoll.MediumID
 	var oldest atoll.MediumID
 	for id, t := range all {
@@ -279,7 +323,7 @@ func toPurge(all map[atoll.MediumID]catalog.Trash, now time.Time, used float64, 
 			oldest = id
 		}
 	}
-	if len(purge) == 0 && oldest != 0 && used >= crowded && !deleting {
+	if len(purge) == 0 && oldest != 0 && scarce {
 		purge = append(purge, oldest)
 	}
 	return purge
@@ -287,7 +331,7 @@ func toPurge(all map[atoll.MediumID]catalog.Trash, now time.Time, used float64, 
 
 // expireTrash purges what is past its time, and the oldest when room is scarce:
 // one at a time, since the room comes back only after its deletion.
-func (b *backend) expireTrash(ctx context.Context, now time.Time) error {
+func (b *backend) expireTrash(ctx context.Context, now time.Time, c *crowding) error {
 	all, err := b.s.cat.TrashNotes(ctx)
 	if err != nil {
 		return err
@@ -299,8 +343,9 @@ func (b *backend) expireTrash(ctx context.Context, now time.Time) error {
 			return err
 		}
 	}
+	scarce := c.lasts(now, used, deleting)
 	var errs []error
-	for _, id := range toPurge(all, now, used, deleting) {
+	for _, id := range toPurge(all, now, scarce) {
 		m, err := b.s.cat.PurgeMedium(ctx, id)
 		if err != nil {
 			if !errors.Is(err, atoll.ErrNotExist) {
@@ -309,7 +354,8 @@ func (b *backend) expireTrash(ctx context.Context, now time.Time) error {
 			continue
 		}
 		if expires := all[id].Expires; expires.After(now) {
-			b.s.log.Warn("medium purged from the trash before its time: the cluster is nearly full", "medium", id, "name", m.Name, "expires", expires)
+			*c = crowding{} // what is deleted now gives room back
+			b.s.log.Warn("medium purged from the trash before its time: the cluster is nearly full", "medium", id, "name", m.Name, "expires", expires, "used", used)
 		} else {
 			b.s.log.Info("medium purged from the trash", "medium", id, "name", m.Name, "expires", expires)
 		}

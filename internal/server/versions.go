@@ -69,13 +69,17 @@ func resolve(o *openVolume, spec medium.VersionSpec) (medium.Version, error) {
 	return v, nil
 }
 
-// mustName refuses a name without a version.
-func mustName(text string) (string, medium.VersionSpec, error) {
+// findVersion finds the volume of NAME@VERSION and refuses a name without a
+// version.
+func (b *backend) findVersion(ctx context.Context, text string) (rec catalog.Medium, spec medium.VersionSpec, err error) {
 	name, spec, err := splitSpec(text)
 	if err == nil && spec.IsZero() {
 		err = fmt.Errorf("%q names no version; want NAME@VERSION: %w", text, atoll.ErrInvalid)
 	}
-	return name, spec, err
+	if err == nil {
+		rec, err = b.s.volumes.find(ctx, name)
+	}
+	return rec, spec, err
 }
 
 // versionMessage describes a version of rec.
@@ -278,11 +282,7 @@ func (b *backend) clones(ctx context.Context, id atoll.MediumID) ([]*atollv1.Chi
 
 // UpdateVersion implements api.Versions.
 func (b *backend) UpdateVersion(ctx context.Context, r *atollv1.UpdateVersionRequest) (*atollv1.Version, error) {
-	name, spec, err := mustName(r.Name)
-	if err != nil {
-		return nil, err
-	}
-	rec, err := b.s.volumes.find(ctx, name)
+	rec, spec, err := b.findVersion(ctx, r.Name)
 	if err != nil {
 		return nil, err
 	}
@@ -436,11 +436,7 @@ func (b *backend) ReleaseVersion(ctx context.Context, r *atollv1.ReleaseVersionR
 
 // RestoreVersion implements api.Versions.
 func (b *backend) RestoreVersion(ctx context.Context, r *atollv1.RestoreVersionRequest) (*atollv1.RestoreVersionResponse, error) {
-	name, spec, err := mustName(r.Name)
-	if err != nil {
-		return nil, err
-	}
-	rec, err := b.s.volumes.find(ctx, name)
+	rec, spec, err := b.findVersion(ctx, r.Name)
 	if err != nil {
 		return nil, err
 	}

@@ -162,7 +162,7 @@ func TestVersions(t *testing.T) {
 		!strings.Contains(text, `atoll_media_versions{name="dir/disk1",state="visible",type="volume"}`) {
 		t.Error("metrics of versions are missing")
 	}
-	if r, err := (&backend{s: s}).CheckVolume(ctx, "dir/disk1", false); err != nil || len(r.Problems)+len(r.Unchecked) > 0 {
+	if r, err := (&backend{s: s}).CheckVolume(ctx, &atollv1.CheckVolumeRequest{Name: "dir/disk1"}); err != nil || len(r.Problems)+len(r.Unchecked) > 0 {
 		t.Errorf("check: %v %v", r, err)
 	}
 }
@@ -292,7 +292,7 @@ func TestClones(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, 10*time.Second, "flattened", func() bool {
+	eventually(t, "flattened", func() bool {
 		got, err := c.Tasks.GetTask(ctx, message(&atollv1.GetTaskRequest{Id: task.Msg.Id}))
 		if err != nil || got.Msg.State == taskFailed {
 			t.Fatalf("task %v %v", got, err)
@@ -304,7 +304,7 @@ func TestClones(t *testing.T) {
 	}
 	_, err = c.Versions.Flatten(ctx, message(&atollv1.FlattenRequest{Name: "b"}))
 	want(t, err, atoll.ErrInvalid)
-	eventually(t, 20*time.Second, "parents gone for good", func() bool {
+	eventually(t, "parents gone for good", func() bool {
 		left, err := s.cat.Deleting(ctx, 0, 0)
 		return err == nil && len(left) == 0
 	})
@@ -496,9 +496,9 @@ func TestVersionsSessionLost(t *testing.T) {
 	if err := s.cat.EndSession(ctx, old.ID()); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, 10*time.Second, "another session", func() bool { return s.session() != old && s.session().Valid() })
-	eventually(t, 15*time.Second, "open again", func() bool {
-		ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	eventually(t, "another session", func() bool { return s.session() != old && s.session().Valid() })
+	eventually(t, "open again", func() bool {
+		ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
 		defer cancel()
 		again, _, err := s.volumes.Open(ctx, "disk1@one")
 		if err != nil {
@@ -577,7 +577,7 @@ func TestImportAbortUnderWrites(t *testing.T) {
 		_ = importer.Close()
 		s.volumes.Release(dev)
 	}
-	if r, err := (&backend{s: s}).CheckVolume(ctx, "disk1", false); err != nil || len(r.Problems)+len(r.Unchecked) > 0 {
+	if r, err := (&backend{s: s}).CheckVolume(ctx, &atollv1.CheckVolumeRequest{Name: "disk1"}); err != nil || len(r.Problems)+len(r.Unchecked) > 0 {
 		t.Errorf("check: %v %v", r, err)
 	}
 }

@@ -134,6 +134,23 @@ func (v *volumeSet) has(id atoll.MediumID) bool {
 	return v.mu.open[id] != nil
 }
 
+// owns reports whether a volume is open here. One that only waits for another
+// owner's end is not.
+func (v *volumeSet) owns(id atoll.MediumID) bool {
+	v.mu.Lock()
+	o := v.mu.open[id]
+	v.mu.Unlock()
+	if o == nil {
+		return false
+	}
+	select {
+	case <-o.ready:
+		return o.err == nil
+	default:
+		return false
+	}
+}
+
 // acquire opens a volume, or shares the open one. release gives it back.
 func (v *volumeSet) acquire(ctx context.Context, rec catalog.Medium) (*openVolume, error) {
 	for {
@@ -180,7 +197,9 @@ func (v *volumeSet) load(o *openVolume, rec catalog.Medium) {
 	var m *medium.Medium
 	err := v.ended(ctx, o)
 	if err == nil {
-		m, err = medium.Open(ctx, v.options(), rec.ID)
+		opts := v.options()
+		opts.Trashed = rec.State == catalog.MediumTrashed // its checker says so; nobody else finds one
+		m, err = medium.Open(ctx, opts, rec.ID)
 	}
 	if err == nil {
 		mode := volume.Writeback

@@ -10,6 +10,7 @@ import (
 	"github.com/atollstore/atoll/internal/atoll"
 	"github.com/atollstore/atoll/internal/catalog"
 	"github.com/atollstore/atoll/internal/host"
+	"github.com/atollstore/atoll/internal/host/hosttest"
 	"github.com/atollstore/atoll/internal/segment"
 	"github.com/atollstore/atoll/internal/wire"
 )
@@ -59,7 +60,7 @@ func TestNoAllocs(t *testing.T) {
 		}
 	}
 	run()
-	if n := testing.AllocsPerRun(3000, run); n >= 1 {
+	if n := hosttest.Allocs(3000, run); n >= 1 {
 		t.Errorf("an append allocates %v times", n)
 	}
 	read := func() {
@@ -67,7 +68,7 @@ func TestNoAllocs(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if n := testing.AllocsPerRun(1000, read); n >= 1 {
+	if n := hosttest.Allocs(1000, read); n >= 1 {
 		t.Errorf("a local read allocates %v times", n)
 	}
 	if err := w.Close(ctx); err != nil {

@@ -249,6 +249,11 @@ func (c *writerCore) apply(ev event) {
 // room returns how many more entries the core can take.
 func (c *writerCore) room() int { return maxEntries - int(c.tail-c.head) }
 
+// idle reports whether there is no entry that is not done.
+func (c *writerCore) idle() bool {
+	return c.head == c.tail && c.inflight == 0 && c.stopped == nil && !c.closing
+}
+
 func (c *writerCore) entry(pos uint64) *coreEntry { return &c.entries[pos%maxEntries] }
 
 func (c *writerCore) addEntry(ev event) {

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -37,6 +38,8 @@ type fakeNode struct {
 	wire.Node // what is not needed panics
 	id        atoll.NodeID
 	queue     chan *wire.Append
+	queued    atomic.Int32  // appends not done
+	turn      chan struct{} // of whoever carries one out
 	wg        sync.WaitGroup
 	done      chan struct{}
 
@@ -49,7 +52,7 @@ type fakeNode struct {
 }
 
 func newFakeNode(id atoll.NodeID) *fakeNode {
-	n := &fakeNode{id: id, queue: make(chan *wire.Append, 4096), done: make(chan struct{}), segs: make(map[atoll.SegmentID]*fakeSegment)}
+	n := &fakeNode{id: id, queue: make(chan *wire.Append, 4096), turn: make(chan struct{}, 1), done: make(chan struct{}), segs: make(map[atoll.SegmentID]*fakeSegment)}
 	n.wg.Go(n.run)
 	return n
 }
@@ -121,20 +124,90 @@ func (n *fakeNode) run() {
 			return
 		case a := <-n.queue:
 			vec := a.Vec
-			a.Err = n.enter(context.Background(), "append")
-			if a.Err == nil {
-				a.Err = n.put(a.Seg, a.Epoch, a.Offset, bytes.Join(vec.Slices(), nil), false)
-			}
+			n.turn <- struct{}{}
+			n.carryOut(a)
+			<-n.turn
 			vec.Release()
+			n.queued.Add(-1)
 			a.Done <- a
 		}
+	}
+}
+
+// carryOut does one append. The caller has the turn.
+func (n *fakeNode) carryOut(a *wire.Append) {
+	vec := a.Vec
+	a.Err = n.enter(context.Background(), "append")
+	if a.Err == nil {
+		a.Err = n.put(a.Seg, a.Epoch, a.Offset, bytes.Join(vec.Slices(), nil), false)
 	}
 }
 
 func (n *fakeNode) Append(a *wire.Append) {
 	a.Vec.Retain()
 	a.Node = n.id
+	n.queued.Add(1)
 	n.queue <- a
+}
+
+// directNode is a fakeNode whose appends a sender may carry out itself, if it
+// does so with all their nodes.
+type directNode struct {
+	*fakeNode
+	rounds *atomic.Int32
+}
+
+// fakeRound is what a directNode took.
+type fakeRound struct {
+	nodes []*fakeNode
+	list  []wire.Append
+}
+
+func (n directNode) Direct(nodes []wire.Node, list []wire.Append) wire.Round {
+	r := &fakeRound{list: list}
+	for _, w := range nodes {
+		m := w.(directNode).fakeNode
+		select {
+		case m.turn <- struct{}{}:
+			r.nodes = append(r.nodes, m)
+		default:
+		}
+	}
+	for _, m := range r.nodes {
+		if len(r.nodes) < len(nodes) || m.queued.Load() > 0 {
+			r.done()
+			return nil
+		}
+	}
+	for i := range list {
+		list[i].Vec.Retain()
+	}
+	n.rounds.Add(1)
+	return r
+}
+
+func (r *fakeRound) Run() {
+	for i, m := range r.nodes {
+		m.carryOut(&r.list[i])
+		r.list[i].Vec.Release()
+	}
+	r.done()
+}
+
+func (r *fakeRound) done() {
+	for _, m := range r.nodes {
+		<-m.turn
+	}
+}
+
+// direct lets appenders of the cluster carry out their appends, and counts what
+// they do.
+func (c *fakeCluster) direct() *atomic.Int32 {
+	var rounds atomic.Int32
+	for id, n := range c.nodes {
+		c.view.AddLocal(id, directNode{n, &rounds})
+	}
+	return &rounds
 }
 
 // put writes checked batches at the end of a segment.

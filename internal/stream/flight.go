@@ -46,13 +46,17 @@ func (w *Writer) send(fx effect) {
 	if m := w.opts.Metrics; m != nil {
 		observe(m.queue, f.sent-f.queued)
 	}
-	for i, node := range s.nodes {
-		a := &f.appends[i]
-		*a = wire.Append{
+	for i := range s.nodes {
+		f.appends[i] = wire.Append{
 			Seg: s.id, Epoch: w.opts.Epoch, Offset: fx.at, Vec: f.vec, Done: w.answers,
 			User: uint64(f.slot)<<8 | uint64(i), Node: s.ids[i],
 		}
-		node.Append(a)
+	}
+	if w.stage(s, f) {
+		return
+	}
+	for i, node := range s.nodes {
+		node.Append(&f.appends[i])
 	}
 }
 
@@ -103,10 +107,11 @@ func (w *Writer) answer(a *wire.Append, ev event) {
 // ack hands the entries of a batch back, all in one pass.
 func (w *Writer) ack(fx effect) {
 	w.advance(fx)
+	w.noteAlone(fx)
 	blocks := 0
 	oldest := w.ring[fx.first%maxEntries].queued
 	for p := fx.first; p < fx.first+uint64(fx.n); p++ {
-		e := w.take(p)
+		e := w.entryAt(p)
 		blocks += e.blocks
 		w.finish(e, nil)
 	}

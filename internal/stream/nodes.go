@@ -67,6 +67,7 @@ type peer struct {
 	addr  string // of the catalog's record, when it was dialled
 	inc   atoll.UUID
 	node  wire.Node
+	sums  wire.Summer // node, if it is one
 	load  load
 }
 
@@ -129,7 +130,8 @@ func closeNode(w wire.Node) error {
 func (n *Nodes) AddLocal(id atoll.NodeID, w wire.Node) {
 	n.mu.Lock()
 	old := n.mu.peers[id]
-	n.mu.peers[id] = &peer{id: id, local: true, node: w}
+	sums, _ := w.(wire.Summer)
+	n.mu.peers[id] = &peer{id: id, local: true, node: w, sums: sums}
 	delete(n.mu.suspects, id)
 	n.mu.Unlock()
 	if old != nil && !old.local {

@@ -225,6 +225,40 @@ func TestFencedWriter(t *testing.T) {
 	}
 }
 
+// TestRecoverDown: a silent copy whose server lost its lease is not waited for,
+// if the others suffice.
+func TestRecoverDown(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newFakeCluster(t, 3)
+		ctx := context.Background()
+		w := c.writer(nil)
+		mustAppend(t, w, 1, 2)
+		dead, kill := context.WithCancel(ctx)
+		kill()
+		_ = w.Close(dead)
+		for down, limit := range []time.Duration{1: atoll.FenceWait / 4, 2: atoll.FenceWait} {
+			if down == 0 {
+				continue
+			}
+			id := atoll.NodeID(down)
+			c.nodes[id].pause()
+			c.change(func(st *catalog.State) {
+				rec := st.Nodes[id]
+				rec.Up = false
+				st.Nodes[id] = rec
+			})
+			began := time.Now()
+			sealed, err := Recover(ctx, c.view, c.open(), atoll.Epoch(1+down))
+			if err != nil || len(sealed) != 1 || len(sealed[0].Unverified) != down || sealed[0].Length == 0 {
+				t.Fatal(sealed, err)
+			}
+			if d := time.Since(began); d > limit {
+				t.Errorf("with %d copies down it took %v", down, d)
+			}
+		}
+	})
+}
+
 // TestRecoverSilent: a silent copy is waited for, then listed, then completed.
 func TestRecoverSilent(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

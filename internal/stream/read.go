@@ -19,6 +19,13 @@ import (
 // ErrCorrupt when all that answered are damaged, ErrNotExist when none has the
 // blocks, else ErrUnavailable.
 func (n *Nodes) Read(ctx context.Context, seg atoll.SegmentID, block atoll.BlockNo, dst []byte) error {
+	return n.ReadSums(ctx, seg, block, dst, nil)
+}
+
+// ReadSums is Read, and sets sums, unless nil one for each block, to the CRC32C
+// of each. It costs less than to compute them afterwards, as the node has to do
+// so anyway.
+func (n *Nodes) ReadSums(ctx context.Context, seg atoll.SegmentID, block atoll.BlockNo, dst []byte, sums []uint32) error {
 	members, err := n.Members(seg)
 	if err != nil {
 		return err
@@ -29,12 +36,23 @@ func (n *Nodes) Read(ctx context.Context, seg atoll.SegmentID, block atoll.Block
 	skip := 0
 	if count > 0 && order[0].local && !order[0].load.slow(n.epoch) {
 		// The usual case: no goroutine, no timer, no copy, nothing allocated.
-		if first = n.readFrom(ctx, order[0], seg, block, dst); first == nil {
+		if first = n.readFrom(ctx, order[0], seg, block, dst, sums); first == nil {
 			return nil
 		}
 		skip = 1
 	}
-	return n.readAny(ctx, order[skip:count], seg, block, dst, first, len(members)-count)
+	if err := n.readAny(ctx, order[skip:count], seg, block, dst, first, len(members)-count); err != nil {
+		return err
+	}
+	addSums(dst, sums)
+	return nil
+}
+
+// addSums computes the checksums of blocks.
+func addSums(p []byte, sums []uint32) {
+	for i := range sums {
+		sums[i] = segment.CRC(p[i*atoll.BlockSize:][:atoll.BlockSize])
+	}
 }
 
 // order fills list with the reachable members of a segment: sound ones before
@@ -83,9 +101,14 @@ func (n *Nodes) anySuspects() bool {
 }
 
 // readFrom reads from one copy and has it repaired when it is damaged.
-func (n *Nodes) readFrom(ctx context.Context, p *peer, seg atoll.SegmentID, block atoll.BlockNo, dst []byte) error {
+func (n *Nodes) readFrom(ctx context.Context, p *peer, seg atoll.SegmentID, block atoll.BlockNo, dst []byte, sums []uint32) error {
 	began := p.load.begin(n.epoch)
-	err := p.node.Read(ctx, seg, block, dst)
+	var err error
+	if sums != nil && p.sums != nil {
+		err = p.sums.ReadSums(ctx, seg, block, dst, sums)
+	} else if err = p.node.Read(ctx, seg, block, dst); err == nil {
+		addSums(dst, sums)
+	}
 	p.load.end(n.epoch, began)
 	if err != nil {
 		if errors.Is(err, atoll.ErrCorrupt) {
@@ -159,7 +182,7 @@ func (n *Nodes) readAny(ctx context.Context, peers []*peer, seg atoll.SegmentID,
 // readOwn reads into a buffer of its own.
 func (n *Nodes) readOwn(ctx context.Context, p *peer, seg atoll.SegmentID, block atoll.BlockNo, size int) answer {
 	buf := host.Alloc(size)
-	if err := n.readFrom(ctx, p, seg, block, buf.Bytes()); err != nil {
+	if err := n.readFrom(ctx, p, seg, block, buf.Bytes(), nil); err != nil {
 		buf.Release()
 		return answer{err: err}
 	}

@@ -22,7 +22,8 @@ import (
 // writes anything; until then nothing is decided and Recover may be repeated, by
 // anyone. ErrUnavailable names the copies that are missing, ErrFenced means that
 // a newer owner is at work. It takes atoll.FenceWait at most when copies are
-// silent, and the time to copy what they lack.
+// silent, less if their servers are known to be down, and the time to copy what
+// they lack.
 func Recover(ctx context.Context, n *Nodes, segs []catalog.Unsealed, epoch atoll.Epoch) ([]catalog.Sealed, error) {
 	done := make([]catalog.Sealed, len(segs))
 	group, ctx := errgroup.WithContext(ctx)
@@ -94,6 +95,8 @@ func (r *recovery) fence(ctx context.Context) error {
 	}
 	wait := time.NewTimer(atoll.FenceWait)
 	defer wait.Stop()
+	look := time.NewTicker(atoll.FenceWait / 8)
+	defer look.Stop()
 	for {
 		select {
 		case a := <-answers:
@@ -105,6 +108,8 @@ func (r *recovery) fence(ctx context.Context) error {
 			default:
 				r.core.failed(a.copy, a.err)
 			}
+		case <-look.C:
+			r.giveUpDown()
 		case <-wait.C:
 			r.core.waited = true
 		case <-ctx.Done():
@@ -112,6 +117,17 @@ func (r *recovery) fence(ctx context.Context) error {
 		}
 		if ok, err := r.core.decide(); ok || err != nil {
 			return err
+		}
+	}
+}
+
+// giveUpDown counts silent copies as failed whose server has lost its lease: it
+// is dead, stopped or cut off, as is likely when its media are being taken over.
+func (r *recovery) giveUpDown() {
+	st := r.State()
+	for i, id := range r.core.nodes {
+		if rec, ok := st.Nodes[id]; ok && !rec.Up && r.core.copies[i].state == copySilent {
+			r.core.failed(i, fmt.Errorf("node %v is down: %w", id, atoll.ErrUnreachable))
 		}
 	}
 }

@@ -87,7 +87,12 @@ type Writer struct {
 		tail       Tail
 	}
 
-	// The rest belongs to the goroutine of run.
+	alone atomic.Int32 // batches in a row that were one entry, with none behind it
+
+	// The rest belongs to whoever has the turn: the goroutine of run, or one that
+	// appends (direct.go).
+	turn    sync.Mutex // held for memory work only
+	staged  staged
 	core    *writerCore
 	ring    [maxEntries]*Entry // by position modulo size
 	seq     uint64
@@ -174,10 +179,17 @@ func OpenWriter(o WriterOptions) (*Writer, error) {
 	return w, nil
 }
 
-// Append submits an entry and waits for it.
+// Append submits an entry and waits for it. When nothing else is to be done, the
+// caller's goroutine does the work, disks included, and may then be held beyond
+// the end of ctx for as long as those take.
 func (w *Writer) Append(ctx context.Context, e *Entry) error {
-	if err := w.Submit(ctx, e); err != nil {
+	if err := w.admit(ctx, e); err != nil {
 		return err
+	}
+	if !w.carry(e) {
+		if err := w.queue(ctx, e); err != nil {
+			return err
+		}
 	}
 	return e.Wait(ctx)
 }
@@ -186,6 +198,14 @@ func (w *Writer) Append(ctx context.Context, e *Entry) error {
 // When it returns nil, the entry belongs to the writer until Wait; after an
 // error it is the caller's and nothing of it was written.
 func (w *Writer) Submit(ctx context.Context, e *Entry) error {
+	if err := w.admit(ctx, e); err != nil {
+		return err
+	}
+	return w.queue(ctx, e)
+}
+
+// admit checks an entry and waits for room for it; it is the writer's then.
+func (w *Writer) admit(ctx context.Context, e *Entry) error {
 	if len(e.recs) == 0 || e.busy {
 		return fmt.Errorf("append an empty or busy entry: %w", atoll.ErrInvalid)
 	}
@@ -199,6 +219,11 @@ func (w *Writer) Submit(ctx context.Context, e *Entry) error {
 		return fmt.Errorf("append: queue is full: %w: %w", atoll.ErrTimeout, err)
 	}
 	e.begin()
+	return nil
+}
+
+// queue gives an admitted entry to the writer's goroutine.
+func (w *Writer) queue(ctx context.Context, e *Entry) error {
 	select {
 	case w.submit <- e:
 	default:
@@ -321,41 +346,71 @@ func (w *Writer) now() time.Duration { return time.Since(w.start) }
 // run is the writer's goroutine: it collects what has happened, lets the core
 // decide, and carries it out.
 func (w *Writer) run() {
-	for {
+	for full := false; ; {
 		submit := w.submit
-		if w.core.room() == 0 {
+		if full {
 			submit = nil
 		}
-		ev := event{kind: evTick}
-		var e *Entry
+		var in input
 		select {
-		case e = <-submit:
-		case a := <-w.answers:
-			w.burst = append(w.burst, a)
-		case ev = <-w.results:
-		case q := <-w.asks:
-			ev.kind = q.kind
-			if q.kind == evRoll {
-				w.waiters = append(w.waiters, q.done)
-			} else {
-				w.closers = append(w.closers, q.done)
-			}
+		case in.entry = <-submit:
+		case in.answer = <-w.answers:
+		case in.result = <-w.results:
+		case in.ask = <-w.asks:
 		case <-w.timer.C:
-			w.armed = 0
+			in.tick = true
 		case <-w.ctx.Done():
-			w.core.stop(fmt.Errorf("writer closed early: %w", atoll.ErrClosed))
+			in.stop = true
 		}
 		// Let those run that were woken together with this goroutine, so that
 		// what they bring goes into the same batch.
 		runtime.Gosched()
-		w.collect()
-		w.apply(ev, e)
-		if w.core.stopped != nil {
-			w.end()
+		w.turn.Lock()
+		more := w.take(in)
+		full = w.core.room() == 0
+		w.turn.Unlock()
+		if !more {
 			return
 		}
-		w.arm()
 	}
+}
+
+// input is what woke the writer's goroutine; one of the fields is set.
+type input struct {
+	entry      *Entry
+	answer     *wire.Append
+	result     event
+	ask        ask
+	tick, stop bool
+}
+
+// take does what an input calls for and reports whether the writer goes on.
+func (w *Writer) take(in input) bool {
+	ev := event{kind: evTick}
+	switch {
+	case in.answer != nil:
+		w.burst = append(w.burst, in.answer)
+	case in.result.kind != 0:
+		ev = in.result
+	case in.ask.kind == evRoll:
+		ev.kind = evRoll
+		w.waiters = append(w.waiters, in.ask.done)
+	case in.ask.kind != 0:
+		ev.kind = in.ask.kind
+		w.closers = append(w.closers, in.ask.done)
+	case in.tick:
+		w.armed = 0
+	case in.stop:
+		w.core.stop(fmt.Errorf("writer closed early: %w", atoll.ErrClosed))
+	}
+	w.collect()
+	w.apply(ev, in.entry)
+	if w.core.stopped != nil {
+		w.end()
+		return false
+	}
+	w.arm()
+	return true
 }
 
 // collect takes the answers that are there, without waiting.
@@ -499,7 +554,7 @@ func (w *Writer) do(fx effect) {
 		w.ack(fx)
 	case fxFail:
 		for p := fx.first; p < fx.first+uint64(fx.n); p++ {
-			w.finish(w.take(p), fx.err)
+			w.finish(w.entryAt(p), fx.err)
 		}
 	case fxSuspect:
 		w.opts.Nodes.Suspect(fx.node, fx.err)
@@ -521,7 +576,7 @@ func (w *Writer) do(fx effect) {
 	}
 }
 
-func (w *Writer) take(pos uint64) *Entry {
+func (w *Writer) entryAt(pos uint64) *Entry {
 	e := w.ring[pos%maxEntries]
 	w.ring[pos%maxEntries] = nil
 	return e

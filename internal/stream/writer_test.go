@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -167,4 +168,51 @@ func TestCloseUnanswered(t *testing.T) {
 			n.resume()
 		}
 	})
+}
+
+// W1: an owner whose lease ran out acknowledges nothing any more, also when all
+// copies have it, and a write that hangs then ends by itself.
+func TestLeaseRanOut(t *testing.T) {
+	for _, hang := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			c := newFakeCluster(t, 3)
+			valid := true
+			var mu sync.Mutex
+			w := c.writer(func(o *WriterOptions) {
+				o.Valid = func() bool { mu.Lock(); defer mu.Unlock(); return valid }
+			})
+			e := mustAppend(t, w, 1, 2)
+			if hang {
+				for _, n := range c.nodes {
+					n.pause()
+				}
+			}
+			second := mustEntry(2)
+			if hang {
+				if err := w.Submit(t.Context(), second); err != nil {
+					t.Fatal(err)
+				}
+				synctest.Wait()
+			}
+			mu.Lock()
+			valid = false
+			mu.Unlock()
+			var err error
+			if hang {
+				err = second.Wait(t.Context())
+			} else {
+				err = w.Append(t.Context(), second)
+			}
+			if !errors.Is(err, atoll.ErrFenced) {
+				t.Errorf("append after the lease (nodes hang: %v): %v", hang, err)
+			}
+			for _, n := range c.nodes {
+				n.resume()
+			}
+			mustRead(t, c, e, 1)
+			if err := w.Close(t.Context()); !errors.Is(err, atoll.ErrFenced) {
+				t.Errorf("close after the lease: %v", err)
+			}
+		})
+	}
 }

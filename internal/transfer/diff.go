@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"sync"
 	"syscall"
 
 	"github.com/atollstore/atoll/internal/atoll"
@@ -30,11 +31,14 @@ func ExportDiff(ctx context.Context, img Image, d Diff, w io.Writer, o ExportOpt
 	o.fill()
 	e := &exporter{img: img, o: o, w: w, whole: d.WholeObject}
 	e.f, _ = w.(*File)
-	s, err := openState(ctx, img, d.To)
+	s, old, err := openBoth(ctx, img, d.To, d.From)
 	if err != nil {
 		return e.res, err
 	}
 	defer s.Close()
+	if old != nil {
+		defer old.Close()
+	}
 	h, err := img.Header(ctx)
 	if err != nil {
 		return e.res, err
@@ -49,7 +53,7 @@ func ExportDiff(ctx context.Context, img Image, d Diff, w io.Writer, o ExportOpt
 	if d.To != "" {
 		to = &Version{Name: d.To}
 	}
-	if err := e.diff(ctx, rbdstream.WriterOptions{Format: rbdstream.V1}, d.From, to, s); err != nil {
+	if err := e.diff(ctx, rbdstream.WriterOptions{Format: rbdstream.V1}, d.From, old, to, s); err != nil {
 		return e.res, fmt.Errorf("export diff: %w", err)
 	}
 	return e.res, nil
@@ -103,6 +107,29 @@ func openState(ctx context.Context, img Image, version string) (State, error) {
 	return s, err
 }
 
+// openBoth opens the ends of a diff side by side, since each open takes the
+// server a durable record. Without from, old is nil.
+func openBoth(ctx context.Context, img Image, to, from string) (s, old State, err error) {
+	if from == "" {
+		s, err = openState(ctx, img, to)
+		return s, nil, err
+	}
+	var wg sync.WaitGroup
+	var oldErr error
+	wg.Go(func() { old, oldErr = openState(ctx, img, from) })
+	s, err = openState(ctx, img, to)
+	wg.Wait()
+	if err == nil && oldErr == nil {
+		return s, old, nil
+	}
+	if err == nil {
+		err = errors.Join(oldErr, s.Close())
+	} else if oldErr == nil {
+		err = errors.Join(err, old.Close())
+	}
+	return nil, nil, err
+}
+
 // exporter writes the diffs of one export.
 type exporter struct {
 	img    Image
@@ -143,7 +170,21 @@ func (e *exporter) versions(ctx context.Context, versions []Version, head State)
 		from = v.Name
 	}
 	e.index = len(versions)
-	return e.diff(ctx, e.writerOptions(), from, nil, head)
+	return e.between(ctx, from, nil, head)
+}
+
+// between writes the diff from a version ("" = nothing), which it opens, to the
+// state s.
+func (e *exporter) between(ctx context.Context, from string, to *Version, s State) error {
+	if from == "" {
+		return e.diff(ctx, e.writerOptions(), "", nil, to, s)
+	}
+	old, err := openState(ctx, e.img, from)
+	if err != nil {
+		return err
+	}
+	defer old.Close()
+	return e.diff(ctx, e.writerOptions(), from, old, to, s)
 }
 
 func (e *exporter) writerOptions() rbdstream.WriterOptions {
@@ -158,19 +199,13 @@ func (e *exporter) version(ctx context.Context, i int, from string, v *Version) 
 	}
 	defer s.Close()
 	e.index = i
-	return e.diff(ctx, e.writerOptions(), from, v, s)
+	return e.between(ctx, from, v, s)
 }
 
-// diff writes one diff: from a version ("" = nothing) to the state s, which is
-// the version to, or the head.
-func (e *exporter) diff(ctx context.Context, o rbdstream.WriterOptions, from string, to *Version, s State) (err error) {
-	d := &differ{exporter: e, from: from, to: s}
-	if from != "" {
-		if d.old, err = openState(ctx, e.img, from); err != nil {
-			return err
-		}
-		defer d.old.Close()
-	}
+// diff writes one diff: from a version ("" = nothing), which is the state old, to
+// the state s, which is the version to, or the head.
+func (e *exporter) diff(ctx context.Context, o rbdstream.WriterOptions, from string, old State, to *Version, s State) error {
+	d := &differ{exporter: e, from: from, old: old, to: s}
 	start := int64(0)
 	if m := e.at.Stream; m != nil && e.at.Diff == e.index {
 		d.w = rbdstream.ResumeWriter(e.w, o, *m)

@@ -91,11 +91,13 @@ func TestGoldenStreams(t *testing.T) {
 	}
 	var merged bytes.Buffer
 	must(t, rbdstream.Merge(&merged, bytes.NewReader(unpack(t, g.Diffs[0])), bytes.NewReader(unpack(t, g.Diffs[1]))))
+	if !bytes.Equal(merged.Bytes(), unpack(t, g.Merged)) {
+		t.Error("our merged diff has other bytes than rbd's")
+	}
 	for name, p := range map[string][]byte{
 		"image":  exportImage(t, m, transfer.ExportOptions{}),
 		"summed": exportImage(t, m, transfer.ExportOptions{Checksum: true}),
 		"diff":   exportDiff(t, m, transfer.Diff{From: "s1", To: "s3"}),
-		"merged": merged.Bytes(),
 	} {
 		sum := sha256.Sum256(p)
 		if got := hex.EncodeToString(sum[:8]); got != ours[name] {
@@ -109,5 +111,4 @@ var ours = map[string]string{
 	"image":  "30869d73cee22556",
 	"summed": "c0c74a07a080ffce",
 	"diff":   "0305cf6abd04aa2d",
-	"merged": "8de1331d0fcf8ba6",
 }

@@ -34,6 +34,7 @@ type memNode struct {
 	segs map[atoll.SegmentID]*memSeg
 	fail error         // answer of every method
 	hold chan struct{} // methods but Append wait for it to close
+	busy int           // of these, how many have come to wait
 	runs []Run
 	held []*Append // appends not answered while keep is set
 	keep bool
@@ -102,6 +103,9 @@ func (n *memNode) letGo() {
 func (n *memNode) seg(ctx context.Context, seg atoll.SegmentID) (*memSeg, error) {
 	n.mu.Lock()
 	hold := n.hold
+	if hold != nil {
+		n.busy++
+	}
 	n.mu.Unlock()
 	if hold != nil {
 		select {
@@ -508,7 +512,7 @@ func appendSync(n Node, seg atoll.SegmentID, epoch atoll.Epoch, at atoll.BlockNo
 }
 
 func ctxFor(t testing.TB) context.Context {
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	t.Cleanup(cancel)
 	return ctx
 }

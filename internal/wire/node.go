@@ -83,6 +83,32 @@ type Node interface {
 	Verify(ctx context.Context, seg atoll.SegmentID) (VerifyResult, error)
 }
 
+// Summer is a Node that tells the checksums of what it read. Who needs them for
+// checks of its own, in the same memory, need not compute them once more.
+type Summer interface {
+	Node
+	// ReadSums is Read, and sets sums, one for each block, to the CRC32C of each.
+	ReadSums(ctx context.Context, seg atoll.SegmentID, block atoll.BlockNo, dst []byte, sums []uint32) error
+}
+
+// Direct is a Node whose appends the sender can carry out itself. That spares the
+// switches between goroutines when nothing else is to be done.
+type Direct interface {
+	Node
+	// Direct takes list[i] for nodes[i], of which this node is one, as Append
+	// would, if all can be carried out at once and nothing else is queued or at
+	// work there; Done is not used. The caller must then call Run of the result
+	// soon: until then others wait. Nil means that nothing was taken.
+	Direct(nodes []Node, list []Append) Round
+}
+
+// Round is what Direct took.
+type Round interface {
+	// Run carries out the appends and sets their answers. It waits for disks as
+	// long as they take.
+	Run()
+}
+
 // Append is one batch on its way to one node. The sender fills the upper fields
 // and keeps the struct until it comes back on Done; it may then reuse it.
 type Append struct {

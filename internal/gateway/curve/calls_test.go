@@ -278,7 +278,7 @@ func TestDeadline(t *testing.T) {
 			t.Errorf("%s: %v", name, out)
 		}
 	}
-	if d := time.Since(start); d > 5*time.Second {
+	if d := time.Since(start); d > time.Minute {
 		t.Errorf("took %v", d)
 	}
 }

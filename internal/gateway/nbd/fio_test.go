@@ -124,7 +124,7 @@ func startNbdkit(t testing.TB, args ...string) (uri string, pid int) {
 		cmd.Process.Signal(syscall.SIGTERM)
 		cmd.Wait()
 	})
-	for range 500 {
+	for range 6000 {
 		if _, err := os.Stat(filepath.Join(dir, "pid")); err == nil {
 			return Address{Network: "unix", Addr: path}.String(), cmd.Process.Pid
 		}

@@ -109,7 +109,7 @@ func FuzzClient(f *testing.F) {
 		done := make(chan struct{}, 2)
 		go func() { io.Copy(io.Discard, mine); done <- struct{}{} }()
 		go func() { mine.Write(input); mine.Close(); done <- struct{}{} }()
-		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
 		c, err := Dial(ctx, "nbd://x/", DialOptions{Contexts: []string{ContextDepth}, DialContext: func(context.Context, string, string) (net.Conn, error) { return theirs, nil }})
 		if err == nil {

@@ -113,7 +113,7 @@ func serveUnix(t testing.TB, sh *shelf, name string, o Options) (*Server, string
 // dial connects a client that is closed at the end of the test.
 func dial(t testing.TB, uri string, o DialOptions) *Client {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
 	c, err := Dial(ctx, uri, o)
 	if err != nil {

@@ -185,3 +185,31 @@ func TestSeedRepeats(t *testing.T) {
 		t.Error("the seed does nothing")
 	}
 }
+
+// TestPorts: nobody gets a port twice, and servers can be started on them.
+func TestPorts(t *testing.T) {
+	seen := map[int]bool{}
+	for n := 1; n < portBlock; n++ {
+		base, err := Ports(n)
+		fatal(t, err)
+		for p := base; p < base+n; p++ {
+			if seen[p] {
+				t.Errorf("port %d is given out twice", p)
+			}
+			seen[p] = true
+		}
+		if guard(base + portBlock - 1) {
+			t.Errorf("ports from %d on are not guarded", base)
+		}
+		for range 2 { // a server, and its next start
+			l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", base+n-1))
+			fatal(t, err)
+			fatal(t, l.Close())
+		}
+	}
+	for _, n := range []int{0, portBlock} {
+		if _, err := Ports(n); err == nil {
+			t.Errorf("%d ports are given", n)
+		}
+	}
+}

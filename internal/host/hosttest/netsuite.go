@@ -130,15 +130,18 @@ func testDeadline(t *testing.T, n host.Net, addr string) {
 	}
 	fatal(t, client.SetReadDeadline(time.Time{}))
 	var wg sync.WaitGroup
+	first := make(chan struct{})
 	wg.Go(func() {
 		if k, err := client.Read(p); k != 2 || err != nil {
 			t.Errorf("read %d, %v", k, err)
 		}
+		close(first)
 		_, err := client.Read(p)
 		want(t, err, os.ErrDeadlineExceeded)
 	})
 	_, err = server.Write([]byte("ok"))
 	fatal(t, err)
+	<-first
 	time.Sleep(20 * time.Millisecond)                                     // virtual where the net is
 	fatal(t, client.SetReadDeadline(time.Now().Add(10*time.Millisecond))) // for the Read that waits
 	wg.Wait()
@@ -161,7 +164,7 @@ func testCloseWakes(t *testing.T, n host.Net, addr string) {
 	wg.Wait()
 	_, err := server.Read(make([]byte, 1))
 	want(t, err, io.EOF)
-	fatal(t, server.SetDeadline(time.Now().Add(10*time.Second)))
+	fatal(t, server.SetDeadline(time.Now().Add(time.Minute)))
 	for err = nil; err == nil; {
 		_, err = server.Write(make([]byte, 1<<16))
 	}

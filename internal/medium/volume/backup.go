@@ -79,6 +79,10 @@ func Group(ctx context.Context, volumes []*Volume, opts []BackupOptions) ([]medi
 // moment between the call and its return. Versions made since stay. What the
 // volume was before is given back in the background. Reads see the old state or
 // the new one, and so do writes that run meanwhile. Durable on return. ErrNotExist.
+//
+// When the record fails, writes wait until a checkpoint has made sure that it
+// does not count. If even that takes too long, the error says that the restore
+// may have happened when the volume is opened again; writes wait on.
 func (v *Volume) Restore(ctx context.Context, number uint64) error {
 	j := &job{v: v, event: event{
 		Medium: v.id, Target: number, Time: time.Now().UTC(), Flags: medium.FlagInternal | medium.FlagDeleting,
@@ -97,6 +101,7 @@ type job struct {
 	buf    *host.Buffer // payload of the record
 	mark   medium.Mark
 	logged bool
+	doubt  bool // the append of a restore failed: it may be in the log
 	fenced bool // writeback's fence is up
 	err    error
 	made   medium.Version
@@ -129,7 +134,7 @@ func runJobs(ctx context.Context, jobs []*job) error {
 		shutAndLog(whole, jobs)
 	}
 	for _, j := range jobs {
-		j.end()
+		j.end(ctx)
 	}
 	if err := firstError(jobs); err != nil {
 		for _, j := range jobs {
@@ -176,7 +181,9 @@ func shutAndLog(ctx context.Context, jobs []*job) {
 		if j.logged {
 			j.made = j.v.happen(&j.event, j.mark, j.target).v
 		}
-		j.open()
+		if !j.doubt {
+			j.open()
+		}
 	}
 }
 
@@ -321,6 +328,7 @@ func (j *job) log(ctx context.Context) {
 		j.v.hist.doubt.Store(true)
 		j.v.hist.count++
 		j.v.hist.mu.Unlock()
+		j.doubt = j.target != nil
 		return
 	}
 	j.logged = true
@@ -328,9 +336,16 @@ func (j *job) log(ctx context.Context) {
 }
 
 // end hands the locks to the settler, or gives them back.
-func (j *job) end() {
+func (j *job) end(ctx context.Context) {
 	j.buf.Release()
-	if !j.logged {
+	switch {
+	case j.doubt:
+		j.err = j.v.doubt(ctx, j.err, func() {
+			j.open()
+			j.v.unlockEvent()
+		})
+		return
+	case !j.logged:
 		j.v.unlockEvent()
 		return
 	}

@@ -9,15 +9,10 @@ import (
 
 	"github.com/atollstore/atoll/internal/atoll"
 	"github.com/atollstore/atoll/internal/catalog"
-	"github.com/atollstore/atoll/internal/host"
 	"github.com/atollstore/atoll/internal/medium"
-	"github.com/atollstore/atoll/internal/segment"
 )
 
 const (
-	// leafBatch and nodeBatch are how many map pages go into one entry.
-	leafBatch = 64
-	nodeBatch = 32
 	// Pauses of the background checkpoint after an error.
 	ckptRetryMin = time.Second
 	ckptRetryMax = 30 * time.Second
@@ -41,7 +36,7 @@ func (v *Volume) recover(ctx context.Context, size int64) error {
 		}
 		r.Flat = r.Flat && r.Medium == v.id
 		size = r.Size
-		t.adopt(r, top)
+		t.adopt(r, slices.Clone(top)) // the present map changes, the root does not
 		v.durable.Store(&rooted{info: r, tops: top})
 	} else if err := CheckSize(size); err != nil {
 		return err
@@ -166,11 +161,12 @@ func (v *Volume) checkpointDue() bool {
 	dirty, crowded := v.pages.t.dirtyBytes(), v.pages.t.crowded(v.pages.limit)
 	v.pages.mu.Unlock()
 	logged, limit := v.logBytes.Load(), max(v.opts.CheckpointBytes, 8*dirty)
+	urgent := v.reclaim.urgent.Load()
 	switch {
 	case v.reclaim.short.Load():
-		limit = shortBytes
-	case v.reclaim.urgent.Load():
-		limit = min(limit, max(urgentBytes, 2*dirty))
+		limit = max(shortBytes, dirty)
+	case urgent != 0:
+		limit = min(limit, max(urgent, 16*dirty))
 	case v.store.Waiting() > v.opts.CheckpointBytes:
 		limit = 0
 	}
@@ -357,176 +353,4 @@ func (v *Volume) rootOf(ver *version, event uint64) []byte {
 	return encodeRoot(rootInfo{
 		Medium: v.id, Size: ver.size, Epoch: ver.epoch, Mapped: ver.mapped + ver.led.mapped, Event: event, Flat: ver.flat,
 	}, ver.top)
-}
-
-// writeVersion writes the dirty leaves of a version, then its dirty nodes. It
-// ends with the error of stop, which it asks now and then, if that is not nil.
-// It may be called again after an error.
-func (v *Volume) writeVersion(ctx context.Context, ver *version, stop func() error) error {
-	w := mapWriter{v: v, ver: ver, entry: v.store.NewEntry()}
-	batch := make([]uint32, 0, leafBatch)
-	for li, ok := ver.first(v.pages); ok; {
-		batch = batch[:0]
-		if stop != nil {
-			if err := stop(); err != nil {
-				return err
-			}
-		}
-		v.pages.mu.Lock()
-		for next := li; ok && len(batch) < leafBatch; next = li + 1 {
-			if li, ok = ver.nextDirty(next); ok {
-				batch = append(batch, li)
-			}
-		}
-		v.pages.mu.Unlock()
-		if err := w.leaves(ctx, batch); err != nil {
-			return err
-		}
-		li++
-	}
-	for ni := uint32(0); ; {
-		batch = batch[:0]
-		v.pages.mu.Lock()
-		for len(batch) < nodeBatch {
-			next, ok := ver.nextDirtyNode(ni)
-			if !ok {
-				break
-			}
-			batch, ni = append(batch, next), next+1
-		}
-		v.pages.mu.Unlock()
-		if len(batch) == 0 {
-			return nil
-		}
-		if err := w.nodes(ctx, batch); err != nil {
-			return err
-		}
-	}
-}
-
-// first returns the first dirty leaf.
-func (v *version) first(m *pageMap) (uint32, bool) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	return v.nextDirty(0)
-}
-
-// mapWriter writes pages of the map to the bulk lane.
-type mapWriter struct {
-	v     *Volume
-	ver   *version
-	entry Entry
-}
-
-// leaves completes the given leaves from the log, writes them and tells the
-// tree where they are.
-func (w *mapWriter) leaves(ctx context.Context, batch []uint32) error {
-	m := w.v.pages
-	for _, li := range batch {
-		if err := w.complete(ctx, li); err != nil {
-			return err
-		}
-	}
-	buf := host.Alloc(len(batch) * atoll.BlockSize)
-	defer buf.Release()
-	recs := make([]int, len(batch)) // the leaf's record in the entry, -1 if empty
-	w.entry.Reset()
-	for i, li := range batch {
-		p := buf.Bytes()[i*atoll.BlockSize:][:atoll.BlockSize]
-		m.mu.Lock()
-		l, _ := w.ver.leaf(li)
-		empty := l.empty()
-		if !empty {
-			l.encode(p)
-		}
-		birth := l.birth
-		m.mu.Unlock()
-		recs[i] = -1
-		if !empty {
-			recs[i] = w.entry.Records()
-			w.entry.Add(segment.Record{Kind: kindLeaf, Blocks: 1, Key: uint64(li), Aux: uint64(birth)}, buf, p)
-		}
-	}
-	if err := w.append(ctx); err != nil {
-		return err
-	}
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	for i, li := range batch {
-		var loc atoll.Location
-		if r := recs[i]; r >= 0 {
-			loc = m.location(w.entry.Seg().Ordinal, w.entry.Block(r), w.entry.CRC(r), leafKey|uint64(li))
-		}
-		w.ver.t.leafWritten(w.ver, li, loc)
-	}
-	if m.t.mem > m.limit {
-		m.t.evict(m.limit)
-	}
-	return nil
-}
-
-// complete merges what the log holds for a leaf under it, if that is owed.
-func (w *mapWriter) complete(ctx context.Context, li uint32) error {
-	m := w.v.pages
-	m.mu.Lock()
-	l, loc := w.ver.leaf(li)
-	owed := l.owed
-	m.mu.Unlock()
-	if !owed {
-		return nil
-	}
-	buf, err := m.fetch(ctx, want{leaf: true, idx: li, loc: loc})
-	if err != nil {
-		return err
-	}
-	base := decodeLeaf(buf.Bytes())
-	buf.Release()
-	m.mu.Lock()
-	w.ver.t.mergeFrozen(w.ver, li, base)
-	m.mu.Unlock()
-	return nil
-}
-
-// nodes writes the given nodes; their leaves are written already.
-func (w *mapWriter) nodes(ctx context.Context, batch []uint32) error {
-	m := w.v.pages
-	const size = nodeBlocks * atoll.BlockSize
-	buf := host.Alloc(len(batch) * size)
-	defer buf.Release()
-	w.entry.Reset()
-	for i, ni := range batch {
-		p := buf.Bytes()[i*size:][:size]
-		m.mu.Lock()
-		nd := w.ver.top[ni].node
-		encodeNode(p, m.medium, ni, nd)
-		birth := nd.birth
-		m.mu.Unlock()
-		w.entry.Add(segment.Record{Kind: kindNode, Blocks: nodeBlocks, Key: uint64(ni), Aux: uint64(birth)}, buf, p)
-	}
-	if err := w.append(ctx); err != nil {
-		return err
-	}
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	for i, ni := range batch {
-		loc := m.location(w.entry.Seg().Ordinal, w.entry.Block(i), w.entry.CRC(i*nodeBlocks), nodeKey|uint64(ni))
-		w.ver.t.nodeWritten(w.ver, ni, loc)
-	}
-	return nil
-}
-
-// append writes the entry if there is something in it. An entry whose outcome
-// is unknown is left to the writer.
-func (w *mapWriter) append(ctx context.Context) error {
-	if w.entry.Records() == 0 {
-		return nil
-	}
-	err := w.v.store.Submit(ctx, catalog.Bulk, w.entry)
-	if err == nil {
-		err = w.entry.Wait(ctx)
-	}
-	if err != nil {
-		w.entry = w.v.store.NewEntry()
-	}
-	return err
 }

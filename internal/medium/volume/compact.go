@@ -6,8 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"sync/atomic"
-	"time"
 
 	"github.com/atollstore/atoll/internal/atoll"
 	"github.com/atollstore/atoll/internal/medium"
@@ -37,15 +35,16 @@ type contents struct {
 	data, leaves, nodes []placed
 }
 
-// compact moves what is live in a segment elsewhere.
-func (v *Volume) compact(ctx context.Context, o atoll.Ordinal) error {
+// compact moves what is live in a segment elsewhere, and returns how many blocks
+// that were.
+func (v *Volume) compact(ctx context.Context, o atoll.Ordinal) (moved atoll.BlockNo, err error) {
 	for range compactTries {
 		if err := v.Settled(ctx); err != nil {
-			return err
+			return 0, err
 		}
 		if v.hist.doubt.Load() { // the log may bring back what is dead now
 			if err := v.checkpoint(ctx); err != nil {
-				return err
+				return 0, err
 			}
 		}
 		v.hist.mu.Lock()
@@ -59,7 +58,7 @@ func (v *Volume) compact(ctx context.Context, o atoll.Ordinal) error {
 			continue
 		}
 		if err != nil {
-			return fmt.Errorf("compact segment %d of volume %v: %w", o, v.id, err)
+			return 0, fmt.Errorf("compact segment %d of volume %v: %w", o, v.id, err)
 		}
 		v.hist.mu.Lock()
 		same := v.hist.count == count
@@ -70,10 +69,13 @@ func (v *Volume) compact(ctx context.Context, o atoll.Ordinal) error {
 		// What is dead now is so for ever. What died since may be unknown to
 		// the medium already.
 		if err := v.store.Move(ctx, o, runs); !errors.Is(err, atoll.ErrInvalid) {
-			return err
+			for _, r := range runs {
+				moved += r.Blocks
+			}
+			return moved, err
 		}
 	}
-	return fmt.Errorf("compact segment %d of volume %v: versions came and went meanwhile: %w", o, v.id, atoll.ErrBusy)
+	return 0, fmt.Errorf("compact segment %d of volume %v: versions came and went meanwhile: %w", o, v.id, atoll.ErrBusy)
 }
 
 // liveRuns finds what is live in a segment. A piece that was born at x can be in
@@ -263,143 +265,3 @@ func (c *contents) runs() []medium.Run {
 
 // compactTries bounds how often the look for what is live begins anew.
 const compactTries = 10
-
-// How compaction, checkpoints and writers follow how full it is where segments
-// go. From easyUsed on checkpoints come sooner, since what was overwritten comes
-// back only after one. Below hardUsed compaction takes a fifth of the time at
-// most, then half of it, and from hurryUsed on all of it. From slowUsed on writers
-// wait.
-const (
-	easyUsed  = 0.60
-	hardUsed  = 0.75
-	hurryUsed = 0.84
-	slowUsed  = 0.88
-	fullUsed  = 0.94
-	easyRest  = 10 * time.Second
-	hardRest  = 200 * time.Millisecond
-	// soonRest is between two segments when room is short: what they free comes
-	// back a second or two later, and until then no more than is needed should
-	// be copied.
-	soonRest  = 300 * time.Millisecond
-	easyShare = 4
-	// urgentBytes of log start a checkpoint when space is getting short, and
-	// shortBytes when an append found none.
-	urgentBytes = 64 << 20
-	shortBytes  = 256 << 10
-	// gaugeBytes of log are a reason to look how full it is.
-	gaugeBytes = 4 << 20
-)
-
-// reclaimer is the state of reaping and compaction.
-type reclaimer struct {
-	reap  chan struct{} // something for the reaper
-	kick  chan struct{} // something for the compactor
-	delay paceDelay
-	// urgent: space is short, so that checkpoints are written sooner.
-	urgent atomic.Bool
-	short  atomic.Bool  // an append found no space
-	logged atomic.Int64 // bytes since the pressure was looked at
-}
-
-func (r *reclaimer) init() {
-	r.reap, r.kick = make(chan struct{}, 1), make(chan struct{}, 1)
-	r.delay.init()
-}
-
-func (v *Volume) kickReclaim() {
-	select {
-	case v.reclaim.kick <- struct{}{}:
-	default:
-	}
-}
-
-// compactor compacts while it pays, and tells writers how fast they may go.
-func (v *Volume) compactor() {
-	timer := time.NewTimer(easyRest)
-	defer timer.Stop()
-	var next time.Time
-	for {
-		select {
-		case <-v.reclaim.kick:
-		case <-timer.C:
-		case <-v.ctx.Done():
-			return
-		}
-		used := v.gauge()
-		if time.Now().Before(next) && (used < hurryUsed || time.Until(next) <= soonRest) {
-			timer.Reset(time.Until(next))
-			continue
-		}
-		rest := v.compactOne(v.ctx, used)
-		next = time.Now().Add(rest)
-		timer.Reset(rest)
-	}
-}
-
-// gauge looks how full it is, and acts on it.
-func (v *Volume) gauge() (used float64) {
-	used = v.store.Pressure()
-	var left int64
-	if used > slowUsed {
-		left = v.store.Reclaimable()
-	}
-	v.reclaim.delay.set(used, left)
-	if v.store.Waiting() > v.opts.CheckpointBytes {
-		v.kickCheckpoint()
-	}
-	v.reclaim.urgent.Store(used >= easyUsed)
-	if used < hardUsed {
-		v.reclaim.short.Store(false)
-	}
-	if used >= easyUsed {
-		v.kickCheckpoint()
-	}
-	return used
-}
-
-// leastDead is the part of a segment that must be dead to be compacted: the
-// longer one waits the more dies by itself, so it falls only as room gets scarce.
-func leastDead(used float64, short bool) float64 {
-	switch {
-	case used >= fullUsed || short:
-		return 0.15
-	case used >= slowUsed:
-		return 0.25
-	case used >= hurryUsed:
-		return 0.3
-	case used >= hardUsed:
-		return 0.4
-	}
-	return 0 // what the medium finds worth it
-}
-
-// compactOne compacts one segment, if one is worth it, and returns how long to
-// rest.
-func (v *Volume) compactOne(ctx context.Context, used float64) time.Duration {
-	begun := time.Now()
-	short := v.reclaim.short.Load()
-	hurry := used >= hurryUsed || short
-	for _, victim := range v.store.Victims(8) {
-		if dead := 1 - float64(victim.Live)/float64(victim.Blocks); dead < leastDead(used, short) {
-			continue
-		}
-		err := v.compact(ctx, victim.Ordinal)
-		v.reclaim.delay.freed()
-		switch {
-		case err != nil && ctx.Err() == nil:
-			v.log.WarnContext(ctx, "segment not compacted; will be tried again", "seg", victim.Ordinal, "err", err)
-			return hardRest
-		case used >= fullUsed:
-			return soonRest / 3
-		case hurry:
-			return soonRest
-		case used >= hardUsed:
-			return time.Since(begun)
-		}
-		return easyShare * time.Since(begun)
-	}
-	if hurry {
-		return hardRest
-	}
-	return easyRest
-}

@@ -15,8 +15,9 @@ type gate struct {
 	mu   sync.Mutex
 	gen  int
 	n    [2]int
-	idle chan struct{} // closed when a group that is waited for is empty
-	shut chan struct{} // closed when the gate opens again; nil while it is open
+	idle chan struct{}   // closed when a group that is waited for is empty
+	shut chan struct{}   // closed when the gate opens again; nil while it is open
+	end  <-chan struct{} // closed when it does not open any more; set once
 }
 
 // enter lets an operation in, when the gate is open.
@@ -27,6 +28,8 @@ func (g *gate) enter(ctx context.Context) (gen int, err error) {
 		g.mu.Unlock()
 		select {
 		case <-open:
+		case <-g.end:
+			return 0, atoll.ErrClosed
 		case <-ctx.Done():
 			return 0, fmt.Errorf("wait for a backup: %w: %w", atoll.ErrTimeout, ctx.Err())
 		}

@@ -2,6 +2,7 @@ package volume
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"sync"
@@ -20,6 +21,7 @@ import (
 type history struct {
 	sem     chan struct{} // holds a token from the begin of an event until it is settled
 	settles chan *pending // to the settler
+	doubts  chan *dubious // to the settler
 	waiting atomic.Int32  // events that wait for a checkpoint to end
 	// doubt: the record of an event may be in the log, though it was answered
 	// with an error. A checkpoint leaves it behind; no event may come before.
@@ -45,8 +47,18 @@ type pending struct {
 	lost   chan struct{} // closed when the next owner has to do it
 }
 
+// dubious is a change of all that users see, a restore or a smaller size, whose
+// record may be in the log though its append failed. Nothing that is written to
+// the state before may come behind that record: after a crash it would be in the
+// other state. So writers are kept out until a checkpoint has left it behind.
+type dubious struct {
+	clear func() // lets them in
+	known chan struct{}
+	not   bool // it did not happen; set before known is closed
+}
+
 func (h *history) init() {
-	h.sem, h.settles = make(chan struct{}, 1), make(chan *pending, 1)
+	h.sem, h.settles, h.doubts = make(chan struct{}, 1), make(chan *pending, 1), make(chan *dubious, 1)
 	h.holds = make(map[uint64]int)
 }
 
@@ -249,12 +261,15 @@ func (v *Volume) replayEvent(ctx context.Context, r medium.Record) error {
 	return nil
 }
 
-// settler brings events into the manifest, one after the other.
+// settler brings events into the manifest, one after the other, and clears up
+// doubts.
 func (v *Volume) settler() {
 	for {
 		select {
 		case p := <-v.hist.settles:
 			v.settle(p)
+		case d := <-v.hist.doubts:
+			v.dispel(d)
 		case <-v.ctx.Done():
 			return
 		}
@@ -263,26 +278,71 @@ func (v *Volume) settler() {
 
 // settle tries until it is done or the volume ends.
 func (v *Volume) settle(p *pending) {
-	rest := ckptRetryMin
-	for {
-		begun := time.Now()
-		err := v.trySettle(v.ctx, p)
+	begun := time.Now()
+	ok := v.persist("version not settled; will be tried again", func() error {
+		begun = time.Now()
+		return v.trySettle(v.ctx, p)
+	}, "ver", p.v.Number)
+	switch {
+	case ok:
+		v.settled(p, begun)
+	case !v.store.Valid():
+		close(p.lost)
+	}
+}
+
+// dispel makes sure that what is in doubt did not happen. The checkpoint token
+// is held.
+func (v *Volume) dispel(d *dubious) {
+	ok := v.persist("writes wait until it is known that a restore or resize did not happen; will be tried again", func() error {
+		return v.checkpointLocked(v.ctx, nil)
+	})
+	if ok {
+		d.clear()
+	}
+	d.not = ok
+	close(d.known)
+}
+
+// persist tries until it succeeds; false when the lease is lost or the volume
+// ended before.
+func (v *Volume) persist(what string, try func() error, attrs ...any) bool {
+	for rest := ckptRetryMin; ; rest = min(2*rest, ckptRetryMax) {
+		err := try()
 		if err == nil {
-			v.settled(p, begun)
-			return
+			return true
 		}
 		if !v.store.Valid() {
-			close(p.lost)
-			return
+			return false
 		}
 		if v.ctx.Err() == nil {
-			v.log.WarnContext(v.ctx, "version not settled; will be tried again", "ver", p.v.Number, "err", err, "dur", rest)
+			v.log.WarnContext(v.ctx, what, append(attrs, "err", err, "dur", rest)...)
 		}
 		if !v.pause(rest) {
-			return
+			return false
 		}
-		rest = min(2*rest, ckptRetryMax)
 	}
+}
+
+// errMay is added to errors that leave open what happened.
+var errMay = errors.New("it may have happened when the volume is opened again")
+
+// doubt leaves a change whose record failed with err to the settler, until all is
+// clear or the caller does not want to wait. It returns what to tell the caller.
+func (v *Volume) doubt(ctx context.Context, err error, clear func()) error {
+	ctx, cancel := context.WithTimeout(ctx, 2*atoll.RequestTimeout)
+	defer cancel()
+	d := &dubious{clear: clear, known: make(chan struct{})}
+	v.hist.doubts <- d // there is room: only who holds the checkpoint token sends
+	select {
+	case <-d.known:
+		if d.not {
+			return err
+		}
+	case <-ctx.Done():
+	case <-v.ctx.Done():
+	}
+	return fmt.Errorf("%w; %w", err, errMay)
 }
 
 // pause waits; false when the volume ended.

@@ -1,6 +1,7 @@
 package volume
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"flag"
@@ -63,7 +64,7 @@ type histDisk struct {
 	b        backing
 	v        *Volume
 	cur      image
-	alt      *image // what cur is if a restore that failed happened after all
+	alt      *image // what cur is if a restore that failed happened after all, and nothing since
 	versions map[uint64]image
 	maybe    map[string]image // versions whose backup failed
 	fading   map[uint64]bool  // versions whose deletion failed
@@ -134,13 +135,6 @@ func (d *histDisk) note(format string, args ...any) {
 	d.m.trace = append(d.m.trace, fmt.Sprintf("%x ", uint64(d.v.id)&0xfff)+fmt.Sprintf(format, args...))
 }
 
-func (d *histDisk) both(fn func(im *image)) {
-	fn(&d.cur)
-	if d.alt != nil {
-		fn(d.alt)
-	}
-}
-
 func (d *histDisk) write() {
 	p, n := d.spot()
 	n = min(n, 40)
@@ -148,13 +142,10 @@ func (d *histDisk) write() {
 	for i := range n {
 		d.m.count++
 		stamp(buf[i*atoll.BlockSize:][:atoll.BlockSize], d.m.count)
-		d.both(func(im *image) {
-			if int64(p)+int64(i) < im.size/atoll.BlockSize {
-				im.pages[p+pageNo(i)] = d.m.count
-			}
-		})
+		d.cur.pages[p+pageNo(i)] = d.m.count
 	}
 	no(d.m.t, d.v.Write(d.m.t.Context(), nil, buf, int64(p)*atoll.BlockSize, false))
+	d.alt = nil
 }
 
 func stamp(b []byte, n uint64) {
@@ -169,20 +160,19 @@ func (d *histDisk) discard() {
 		n = min(uint64(1)<<nodeBits+100, uint64(d.cur.size/atoll.BlockSize)-uint64(p))
 	}
 	no(d.m.t, d.v.Discard(d.m.t.Context(), int64(p)*atoll.BlockSize, int64(n)*atoll.BlockSize, false))
-	d.both(func(im *image) {
-		maps.DeleteFunc(im.pages, func(q pageNo, _ uint64) bool { return q >= p && q < p+pageNo(n) })
-	})
+	d.alt = nil
+	maps.DeleteFunc(d.cur.pages, func(q pageNo, _ uint64) bool { return q >= p && q < p+pageNo(n) })
 }
 
 func (d *histDisk) resize() {
 	size := (1 + d.m.rng.Int64N(3<<18)) * atoll.BlockSize
+	d.note("resize %d", size)
 	if !d.ok(d.v.Resize(d.m.t.Context(), size)) {
 		return
 	}
-	d.both(func(im *image) {
-		im.size = size
-		maps.DeleteFunc(im.pages, func(q pageNo, _ uint64) bool { return q >= pageNo(size/atoll.BlockSize) })
-	})
+	d.alt = nil
+	d.cur.size = size
+	maps.DeleteFunc(d.cur.pages, func(q pageNo, _ uint64) bool { return q >= pageNo(size/atoll.BlockSize) })
 }
 
 func (d *histDisk) backup() {
@@ -218,9 +208,17 @@ func (d *histDisk) restore() {
 	}
 	no(d.m.t, d.v.Settled(d.m.t.Context()))
 	d.note("restore %d", n)
-	if !d.ok(d.v.Restore(d.m.t.Context(), n)) {
-		im := d.versions[n].clone()
-		d.alt = &im
+	ctx, cancel := context.WithTimeout(d.m.t.Context(), time.Duration(1+d.m.rng.IntN(2000))*time.Millisecond)
+	defer cancel()
+	err := d.v.Restore(ctx, n)
+	if d.alt != nil && errors.Is(err, atoll.ErrTimeout) { // it waited for that to be known
+		return
+	}
+	if !d.ok(err) {
+		if d.alt = nil; errors.Is(err, errMay) {
+			im := d.versions[n].clone()
+			d.alt = &im
+		}
 		return
 	}
 	d.alt = nil
@@ -371,7 +369,7 @@ func (d *histDisk) usage() {
 
 func (d *histDisk) compact() {
 	for _, c := range d.b.victims() {
-		err := d.v.compact(d.m.t.Context(), c)
+		_, err := d.v.compact(d.m.t.Context(), c)
 		d.note("compact %d: %v", c, err)
 		if !errors.Is(err, atoll.ErrNotExist) {
 			d.ok(err)
@@ -440,6 +438,7 @@ func (d *histDisk) found() {
 // is reports whether the volume has these contents.
 func (d *histDisk) is(im image) bool {
 	if d.v.Size() != im.size {
+		d.note("size is %d, not %d", d.v.Size(), im.size)
 		return false
 	}
 	buf := make([]byte, atoll.BlockSize)
@@ -448,7 +447,8 @@ func (d *histDisk) is(im image) bool {
 			continue
 		}
 		no(d.m.t, d.v.Read(d.m.t.Context(), buf, int64(p)*atoll.BlockSize))
-		if binary.LittleEndian.Uint64(buf) != im.pages[p] {
+		if got := binary.LittleEndian.Uint64(buf); got != im.pages[p] {
+			d.note("page %d is %d, not %d", p, got, im.pages[p])
 			return false
 		}
 	}

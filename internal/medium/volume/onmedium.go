@@ -30,6 +30,15 @@ func (s onMedium) Submit(ctx context.Context, lane catalog.Lane, e Entry) error 
 	return s.Medium.Submit(ctx, lane, se)
 }
 
+// Append implements Store.
+func (s onMedium) Append(ctx context.Context, lane catalog.Lane, e Entry) error {
+	se, ok := e.(*stream.Entry)
+	if !ok {
+		return fmt.Errorf("append an entry of type %T: %w", e, atoll.ErrInvalid)
+	}
+	return s.Medium.Append(ctx, lane, se)
+}
+
 // AppendMark implements Store.
 func (s onMedium) AppendMark(ctx context.Context, e Entry) (medium.Mark, error) {
 	se, ok := e.(*stream.Entry)

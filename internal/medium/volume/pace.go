@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/atollstore/atoll/internal/atoll"
+	"github.com/atollstore/atoll/internal/medium"
 )
 
 const (
@@ -17,9 +18,11 @@ const (
 	spaceWait  = 20 * time.Second
 	spaceStill = 2 * time.Second
 	spaceLook  = 100 * time.Millisecond
-	// Bytes per second that may be written at slowUsed and at fullUsed.
-	slowRate = 400 << 20
-	fullRate = 4 << 20
+	// Bytes per second: what may always be written, and what reclaim is taken to
+	// free before it is known.
+	leastRate = 4 << 20
+	firstRate = 64 << 20
+	rateOver  = 100 * time.Millisecond
 	// paceSlack is what a write need not wait for.
 	paceSlack = 500 * time.Microsecond
 )
@@ -31,32 +34,54 @@ type paceDelay struct {
 	mu      sync.Mutex
 	next    time.Time     // when the next page may be written
 	more    chan struct{} // closed when space may have come back
+	rate    float64       // bytes that reclaim frees in a second of its work
+	since   time.Time     // when it was taken last,
+	won     int64         // and what was freed since then
+	worked  time.Time     // when the last compaction ended
 }
 
-func (d *paceDelay) init() { d.more = make(chan struct{}) }
+func (d *paceDelay) init() { d.more, d.rate = make(chan struct{}), firstRate }
 
-// set follows the pressure.
-func (d *paceDelay) set(used float64, reclaimable int64) {
-	d.perPage.Store(int64(delayFor(used, reclaimable)))
+// set follows the space. Nobody waits when there is nothing to wait for.
+func (d *paceDelay) set(s stock, waits bool) {
+	if !waits {
+		d.perPage.Store(0)
+		return
+	}
+	d.mu.Lock()
+	rate := d.rate
+	d.mu.Unlock()
+	d.perPage.Store(int64(delayFor(s, rate)))
 }
 
-// delayFor returns what a page costs: nothing up to slowUsed or when there is
-// nothing to wait for.
-func delayFor(used float64, reclaimable int64) time.Duration {
-	if used <= slowUsed || reclaimable == 0 {
+// delayFor returns what a page costs when reclaim frees rate bytes a second.
+func delayFor(s stock, rate float64) time.Duration {
+	if s.part >= stockPace {
 		return 0
 	}
-	room := 1 - min((used-slowUsed)/(fullUsed-slowUsed), 1)
-	rate := slowRate*room*room*room + fullRate
-	return time.Duration(float64(time.Second) * atoll.BlockSize / rate)
+	rate *= max(s.part, 0) + 1 - stockHeld
+	if soon := 2 * s.Segment; s.Free < soon { // what comes back is not there yet
+		rate *= max(float64(s.Free), 0) / float64(soon)
+	}
+	return time.Duration(float64(time.Second) * atoll.BlockSize / max(rate, leastRate))
 }
 
-// freed wakes those who wait for space.
-func (d *paceDelay) freed() {
+// freed notes that a compaction that began then won so many bytes, and wakes
+// those who wait for space. Several may run at once.
+func (d *paceDelay) freed(bytes int64, begun time.Time) {
+	now := time.Now()
 	d.mu.Lock()
+	defer d.mu.Unlock()
+	if begun.Sub(d.worked) > rateOver { // nothing ran in between
+		d.since, d.won = begun, 0
+	}
+	d.worked, d.won = now, d.won+bytes
+	if took := now.Sub(d.since); took >= rateOver {
+		d.rate += 0.3 * (float64(d.won)/took.Seconds() - d.rate)
+		d.since, d.won = now, 0
+	}
 	close(d.more)
 	d.more = make(chan struct{})
-	d.mu.Unlock()
 }
 
 // take books a write of so many pages and returns how long it has to wait.
@@ -78,6 +103,9 @@ func (v *Volume) pace(ctx context.Context, n int64) error {
 	d := &v.reclaim.delay
 	if d.perPage.Load() == 0 {
 		return nil
+	}
+	if time.Now().UnixNano()-v.reclaim.looked.Load() > int64(gaugeTime) {
+		v.gauge()
 	}
 	wait := d.take(max(n/atoll.BlockSize, 1), time.Now())
 	if wait < paceSlack {
@@ -101,7 +129,7 @@ type hope struct {
 	moved   time.Time // when something last changed
 	left    int64     // reclaimable then
 	waiting int64
-	used    float64
+	room    medium.Room
 	writes  int64 // checkpoints
 	first   int64 // checkpoints when it began
 }
@@ -113,19 +141,20 @@ func (h *hope) more(v *Volume, err error) bool {
 		return false
 	}
 	now := time.Now()
-	left, waiting, used, writes := v.store.Reclaimable(), v.store.Waiting(), v.store.Pressure(), v.stats.checkpoints.Load()
+	room := v.store.Room()
+	left, waiting, writes := v.store.Reclaimable(), v.store.Waiting(), v.stats.checkpoints.Load()
 	if h.since.IsZero() {
 		h.since, h.moved, h.first = now, now, writes
-	} else if left != h.left || waiting != h.waiting || used != h.used || writes != h.writes {
+	} else if left != h.left || waiting != h.waiting || room != h.room || writes != h.writes {
 		h.moved = now
 	}
-	h.left, h.waiting, h.used, h.writes = left, waiting, used, writes
+	h.left, h.waiting, h.room, h.writes = left, waiting, room, writes
 	if now.Sub(h.since) > spaceWait || now.Sub(h.moved) > spaceStill {
 		return false
 	}
 	// What waits for a checkpoint is worth one, no more. With room again it is
 	// placement that has not noticed.
-	return left > 0 || waiting > 0 && writes == h.first || used < slowUsed
+	return left > 0 || waiting > 0 && writes == h.first || room.Total == 0 || room.Free > 2*room.Segment
 }
 
 // untilSpace tries again what failed with err, as long as there is hope.
@@ -144,7 +173,6 @@ func (v *Volume) awaitSpace(ctx context.Context) bool {
 	d.mu.Lock()
 	more := d.more
 	d.mu.Unlock()
-	v.reclaim.urgent.Store(true)
 	v.reclaim.short.Store(true)
 	v.kickReclaim()
 	v.kickCheckpoint()

@@ -1,10 +1,14 @@
 package volume
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
+
+	"golang.org/x/sync/errgroup"
 
 	"github.com/atollstore/atoll/internal/atoll"
 	"github.com/atollstore/atoll/internal/host"
@@ -157,13 +161,13 @@ func (m *pageMap) install(w want, p []byte) error {
 
 // fetch reads and checks the block or blocks that w names.
 func (m *pageMap) fetch(ctx context.Context, w want) (*host.Buffer, error) {
-	n, key, what := 1, uint64(leafKey), "leaf"
+	what := "leaf"
 	if w.node {
-		n, key, what = nodeBlocks, nodeKey, "node"
+		what = "node"
 	}
-	buf := host.Alloc(n * atoll.BlockSize)
+	buf := host.Alloc(w.blocks() * atoll.BlockSize)
 	err := m.store.Read(ctx, w.loc.Ordinal(), w.loc.Block(), buf.Bytes())
-	if err == nil && checkBits(segment.CRC(buf.Bytes()[:atoll.BlockSize]), m.owner(w.loc), key|uint64(w.idx)) != w.loc.Check() {
+	if err == nil && !m.fits(w, buf.Bytes()) {
 		err = atoll.ErrCorrupt
 	}
 	if err != nil {
@@ -171,6 +175,83 @@ func (m *pageMap) fetch(ctx context.Context, w want) (*host.Buffer, error) {
 		return nil, fmt.Errorf("load map %s %d at %v: %w", what, w.idx, w.loc, err)
 	}
 	return buf, nil
+}
+
+// fetchAll reads and checks what list names, all of it leaves or all nodes, and
+// gives each to fn, in no special order. Neighbours in the log are read at once:
+// pages of the map that were written together are.
+func (m *pageMap) fetchAll(ctx context.Context, list []want, fn func(i int, p []byte)) error {
+	order := make([]int, len(list))
+	for i := range order {
+		order[i] = i
+	}
+	slices.SortFunc(order, func(a, b int) int { return cmp.Compare(list[a].loc, list[b].loc) })
+	var runs [][]int
+	for from := 0; from < len(order); {
+		to := from + 1
+		for to < len(order) && to-from < fetchMost && list[order[to-1]].before(list[order[to]]) {
+			to++
+		}
+		runs, from = append(runs, order[from:to]), to
+	}
+	var wg errgroup.Group
+	wg.SetLimit(readParallel)
+	for _, run := range runs {
+		wg.Go(func() error { return m.fetchRun(ctx, list, run, fn) })
+	}
+	return wg.Wait()
+}
+
+// fetchMost is how many pages of the map are read at once at most.
+const fetchMost = 128
+
+// before reports whether the next block after those of w is that of x.
+func (w want) before(x want) bool {
+	return w.loc.Ordinal() == x.loc.Ordinal() && w.loc.Block()+atoll.BlockNo(w.blocks()) == x.loc.Block()
+}
+
+func (w want) blocks() int {
+	if w.node {
+		return nodeBlocks
+	}
+	return 1
+}
+
+// fetchRun reads what run names of list, neighbours in the log; one by one when
+// something is wrong with that.
+func (m *pageMap) fetchRun(ctx context.Context, list []want, run []int, fn func(i int, p []byte)) error {
+	first := list[run[0]]
+	size := first.blocks() * atoll.BlockSize
+	var all []byte
+	if len(run) > 1 {
+		buf := host.Alloc(len(run) * size)
+		defer buf.Release()
+		if m.store.Read(ctx, first.loc.Ordinal(), first.loc.Block(), buf.Bytes()) == nil {
+			all = buf.Bytes()
+		}
+	}
+	for k, i := range run {
+		if all != nil && m.fits(list[i], all[k*size:][:size]) {
+			fn(i, all[k*size:][:size])
+			continue
+		}
+		buf, err := m.fetch(ctx, list[i])
+		if err != nil {
+			return err
+		}
+		fn(i, buf.Bytes())
+		buf.Release()
+	}
+	return nil
+}
+
+// fits reports whether p is what w names.
+func (m *pageMap) fits(w want, p []byte) bool {
+	key := uint64(leafKey)
+	if w.node {
+		key = nodeKey
+	}
+	return checkBits(segment.CRC(p[:atoll.BlockSize]), m.owner(w.loc), key|uint64(w.idx)) == w.loc.Check()
 }
 
 // location builds the location of a block whose checksum is known.

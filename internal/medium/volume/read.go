@@ -9,7 +9,6 @@ import (
 
 	"github.com/atollstore/atoll/internal/atoll"
 	"github.com/atollstore/atoll/internal/host"
-	"github.com/atollstore/atoll/internal/segment"
 )
 
 const (
@@ -200,14 +199,16 @@ func (v *Volume) readAgain(ctx context.Context, p pageNo, dst []byte, locs []ato
 // others keep there would go.
 func (v *Volume) readLog(ctx context.Context, p pageNo, dst []byte, locs []atoll.Location) error {
 	at := locs[0]
-	if err := v.store.Read(ctx, at.Ordinal(), at.Block(), dst); err != nil {
+	sums := v.sums.Get().(*[fan]uint32)
+	defer v.sums.Put(sums)
+	if err := v.store.ReadSums(ctx, at.Ordinal(), at.Block(), dst, sums[:len(locs)]); err != nil {
 		return err
 	}
 	v.stats.blocksRead.Add(int64(len(locs)))
 	owner := v.pages.owner(at)
 	for i, loc := range locs {
 		b := dst[i*atoll.BlockSize:][:atoll.BlockSize]
-		if checkBits(segment.CRC(b), owner, uint64(p)+uint64(i)) != loc.Check() {
+		if checkBits(sums[i], owner, uint64(p)+uint64(i)) != loc.Check() {
 			return fmt.Errorf("page %d at %v of the log is not the block that was written there: %w", p+pageNo(i), loc, atoll.ErrCorrupt)
 		}
 		if len(locs) < aheadBig {
@@ -234,6 +235,7 @@ func (v *Volume) Extents(ctx context.Context, off, n int64, fn func(n int64, hol
 		return err
 	}
 	var locs [readChunk]atoll.Location
+	var held [readChunk]bool
 	run, runHole := int64(0), false
 	emit := func(size int64, hole bool) bool {
 		if run > 0 && hole != runHole {
@@ -247,7 +249,9 @@ func (v *Volume) Extents(ctx context.Context, off, n int64, fn func(n int64, hol
 	}
 	for end := off + n; off < end; {
 		p := pageNo(off / atoll.BlockSize)
-		if skip := v.pages.skip(p); skip > 0 && !v.wb.holds(p, skip) {
+		// A page goes from memory to the map: whoever finds it in neither must
+		// have looked in that order.
+		if skip := v.pages.skip(p); skip > 0 && !v.wb.holds(p, skip) && v.pages.skip(p) == skip {
 			size := min(int64(p+pageNo(skip))*atoll.BlockSize, end) - off
 			if !emit(size, true) {
 				return nil
@@ -257,12 +261,15 @@ func (v *Volume) Extents(ctx context.Context, off, n int64, fn func(n int64, hol
 		}
 		r := span(off, end-off)
 		count := min(int(r.to-r.from), readChunk)
+		for i := range count {
+			held[i] = v.wb.holds(p+pageNo(i), 1)
+		}
 		if err := v.pages.lookup(ctx, p, locs[:count]); err != nil {
 			return fmt.Errorf("map %d bytes at %d: %w", n, off, err)
 		}
 		for i, loc := range locs[:count] {
 			size := min(int64(p+pageNo(i)+1)*atoll.BlockSize, end) - off
-			if !emit(size, loc == 0 && !v.wb.holds(p+pageNo(i), 1)) {
+			if !emit(size, loc == 0 && !held[i]) {
 				return nil
 			}
 			off += size

@@ -110,22 +110,28 @@ func (v *Volume) reap(ctx context.Context) (removed int, left bool, err error) {
 	if err != nil {
 		return 0, true, err
 	}
-	n, err := v.reapOld(ctx, pins)
+	// What is marked only after the pins were read may have been pinned between.
+	may := make(map[uint64]bool)
+	for i := range st.Versions {
+		p := &st.Versions[i]
+		may[p.Number] = deleting(*p) && pins[p.Number] == 0
+	}
+	n, err := v.reapOld(ctx, may)
 	if err != nil || n > 0 {
 		return n, true, err
 	}
-	n, err = v.reapParent(ctx, pins)
+	n, err = v.reapParent(ctx, may)
 	return n, true, err
 }
 
 func deleting(v medium.Version) bool { return v.Flags&medium.FlagDeleting != 0 }
 
-// removable reports whether version p of st can go: it is deleted, nobody reads
-// it, and at most one line goes on from it. When two do, they share blocks that
-// are younger than their next common version would be, and nothing could tell
-// which of those die with the one or the other.
-func (v *Volume) removable(st *medium.State, p *medium.Version, pins map[uint64]int) bool {
-	if !deleting(*p) || pins[p.Number] > 0 {
+// removable reports whether version p of st can go: it was marked and not pinned
+// then, as may tells, nobody reads it, and at most one line goes on from it. When
+// two do, they share blocks that are younger than their next common version would
+// be, and nothing could tell which of those die with the one or the other.
+func (v *Volume) removable(st *medium.State, p *medium.Version, may map[uint64]bool) bool {
+	if !deleting(*p) || !may[p.Number] {
 		return false
 	}
 	v.hist.mu.Lock()
@@ -140,7 +146,7 @@ func (v *Volume) removable(st *medium.State, p *medium.Version, pins map[uint64]
 
 // reapOld removes versions that the present state did not grow from directly,
 // so that it does not matter what it does meanwhile.
-func (v *Volume) reapOld(ctx context.Context, pins map[uint64]int) (int, error) {
+func (v *Volume) reapOld(ctx context.Context, may map[uint64]bool) (int, error) {
 	v.hist.mu.Lock()
 	count, settled := v.hist.count, v.hist.pending == nil
 	v.hist.mu.Unlock()
@@ -152,7 +158,7 @@ func (v *Volume) reapOld(ctx context.Context, pins map[uint64]int) (int, error) 
 	until := time.Now().Add(reapTime)
 	for i := 0; i < len(st.Versions) && len(gone) < reapBatch && time.Now().Before(until); i++ {
 		p := st.Versions[i]
-		if p.Number == st.CurParent || !v.removable(&st, &p, pins) {
+		if p.Number == st.CurParent || !v.removable(&st, &p, may) {
 			continue
 		}
 		sum, err := v.exclusive(ctx, &st, &p, nil, nil)
@@ -222,14 +228,14 @@ func (v *Volume) exclusive(ctx context.Context, st *medium.State, p *medium.Vers
 // reapParent removes the version that the present state grew from. What that
 // lets go of meanwhile is live or not depending on whether the removal succeeds,
 // and is counted apart.
-func (v *Volume) reapParent(ctx context.Context, pins map[uint64]int) (int, error) {
+func (v *Volume) reapParent(ctx context.Context, may map[uint64]bool) (int, error) {
 	if err := v.lockCheckpoint(ctx); err != nil {
 		return 0, err
 	}
 	defer func() { <-v.ckpt }()
 	st := v.store.State()
 	p := st.Find(st.CurParent)
-	if p == nil || !v.removable(&st, p, pins) || v.yield() != nil {
+	if p == nil || !v.removable(&st, p, may) || v.yield() != nil {
 		return 0, nil
 	}
 	begun, logged := time.Now(), v.logBytes.Load()

@@ -3,8 +3,8 @@ package volume
 import (
 	"context"
 	"fmt"
-	"sync"
-	"sync/atomic"
+	"slices"
+	"time"
 
 	"github.com/atollstore/atoll/internal/atoll"
 )
@@ -19,6 +19,9 @@ type source interface {
 	node(ctx context.Context, ni uint32) (*node, error)
 	// leaf fills out with what a leaf of the node says.
 	leaf(ctx context.Context, nd *node, li uint32, out *[fan]atoll.Location) error
+	// ahead reads leaves of the node that will be asked for, side by side. What
+	// cannot be read is found out by leaf.
+	ahead(ctx context.Context, nd *node, list []uint32)
 	// nodes returns how many nodes the map may have.
 	nodes() uint32
 }
@@ -36,6 +39,9 @@ type rooted struct {
 	nd   *node
 	// ready are nodes that were loaded ahead; it is theirs to be changed.
 	ready map[uint32]*node
+
+	read   []uint32 // leaves that were read ahead, ascending
+	leaves [][fan]atoll.Location
 }
 
 // parseRooted returns the map that a root names.
@@ -86,47 +92,46 @@ func (r *rooted) node(ctx context.Context, ni uint32) (*node, error) {
 }
 
 // loadAhead loads the nodes that the present map has in memory, so that changes
-// need not wait for them when this one takes its place. What cannot be loaded is
-// left out.
+// need not wait for them when this one takes its place. What cannot be loaded in
+// a moment is left out.
 func (r *rooted) loadAhead(ctx context.Context) {
-	var list []uint32
+	var list []want
 	r.m.mu.Lock()
 	for ni := range r.m.t.top {
 		if loc, _ := r.top(uint32(ni)); loc != 0 && r.m.t.top[ni].node != nil && len(list) < aheadNodes {
-			list = append(list, uint32(ni))
+			list = append(list, want{node: true, idx: uint32(ni), loc: loc})
 		}
 	}
 	r.m.mu.Unlock()
+	ctx, cancel := context.WithTimeout(ctx, aheadTime)
+	defer cancel()
 	nodes := make([]*node, len(list))
-	var next atomic.Int64
-	var wg sync.WaitGroup
-	for range min(len(list), readParallel) {
-		wg.Go(func() {
-			for {
-				i := int(next.Add(1)) - 1
-				if i >= len(list) || ctx.Err() != nil {
-					return
-				}
-				one := rooted{m: r.m, tops: r.tops}
-				nodes[i], _ = one.node(ctx, list[i])
-			}
-		})
-	}
-	wg.Wait()
+	// What is missing is loaded when it is wanted.
+	_ = r.m.fetchAll(ctx, list, func(i int, p []byte) {
+		nodes[i], _ = decodeNode(p, r.m.owner(list[i].loc), list[i].idx)
+	})
 	r.ready = make(map[uint32]*node, len(list))
 	for i, nd := range nodes {
 		if nd != nil {
-			r.ready[list[i]] = nd
+			r.ready[list[i].idx] = nd
 		}
 	}
 }
 
-// aheadNodes is how many nodes are loaded ahead at most.
-const aheadNodes = 256
+// aheadNodes is how many nodes are loaded ahead at most, and aheadTime how long
+// that may take.
+const (
+	aheadNodes = 1024
+	aheadTime  = 8 * time.Millisecond
+)
 
 func (r *rooted) leaf(ctx context.Context, nd *node, li uint32, out *[fan]atoll.Location) error {
 	if nd == nil || nd.locs[li&(fan-1)] == 0 {
 		clear(out[:])
+		return nil
+	}
+	if i, ok := slices.BinarySearch(r.read, li); ok {
+		*out = r.leaves[i]
 		return nil
 	}
 	buf, err := r.m.fetch(ctx, want{leaf: true, idx: li, loc: nd.locs[li&(fan-1)]})
@@ -134,10 +139,33 @@ func (r *rooted) leaf(ctx context.Context, nd *node, li uint32, out *[fan]atoll.
 		return err
 	}
 	defer buf.Release()
-	for s := range out {
-		out[s] = atoll.Location(le.Uint64(buf.Bytes()[8*s:]))
-	}
+	leafLocations(buf.Bytes(), out)
 	return nil
+}
+
+// leafLocations decodes a leaf.
+func leafLocations(p []byte, out *[fan]atoll.Location) {
+	for s := range out {
+		out[s] = atoll.Location(le.Uint64(p[8*s:]))
+	}
+}
+
+func (r *rooted) ahead(ctx context.Context, nd *node, list []uint32) {
+	r.read = r.read[:0]
+	if nd == nil {
+		return
+	}
+	var wants []want
+	for _, li := range list {
+		if loc := nd.locs[li&(fan-1)]; loc != 0 {
+			r.read, wants = append(r.read, li), append(wants, want{leaf: true, idx: li, loc: loc})
+		}
+	}
+	r.leaves = slices.Grow(r.leaves[:0], len(wants))[:len(wants)]
+	err := r.m.fetchAll(ctx, wants, func(i int, p []byte) { leafLocations(p, &r.leaves[i]) })
+	if err != nil {
+		r.read = r.read[:0]
+	}
 }
 
 // find returns where page p lies.
@@ -233,6 +261,9 @@ func (l *live) leaf(ctx context.Context, nd *node, li uint32, out *[fan]atoll.Lo
 	return nil
 }
 
+// ahead does nothing: most of the present map is in memory.
+func (l *live) ahead(context.Context, *node, []uint32) {}
+
 // walk finds what map a has that none of the others has at the same place, and
 // what it lacks of the first. It reads only what differs from all of them.
 type walk struct {
@@ -252,7 +283,11 @@ type walk struct {
 	mine [fan]atoll.Location
 	them [][fan]atoll.Location
 	nds  []*node
+	list []uint32
 }
+
+// walkAhead is how many leaves of each map are read at once.
+const walkAhead = 64
 
 // run walks. Errors of pages and stop end it and are returned.
 func (w *walk) run(ctx context.Context) error {
@@ -290,6 +325,7 @@ func (w *walk) nodeAt(ctx context.Context, ni uint32) error {
 	if err != nil {
 		return err
 	}
+	w.list = w.list[:0]
 	for k := range uint32(fan) {
 		li := ni<<leafBits | k
 		if li < w.from || li >= w.to {
@@ -300,11 +336,28 @@ func (w *walk) nodeAt(ctx context.Context, ni uint32) error {
 		if nd != nil {
 			loc, birth = nd.locs[k], nd.births[k]
 		}
-		if w.sameLeaf(k, loc) || w.leaf != nil && !w.leaf(li, loc, birth) {
-			continue
+		if !w.sameLeaf(k, loc) && (w.leaf == nil || w.leaf(li, loc, birth)) {
+			w.list = append(w.list, li)
 		}
-		if err := w.leafAt(ctx, nd, li); err != nil {
-			return err
+	}
+	return w.leaves(ctx, nd, w.list)
+}
+
+// leaves looks at leaves of a node that differ.
+func (w *walk) leaves(ctx context.Context, nd *node, list []uint32) error {
+	for len(list) > 0 {
+		next := list[:min(len(list), walkAhead)]
+		list = list[len(next):]
+		if len(next) > 1 {
+			w.a.ahead(ctx, nd, next)
+			for i, o := range w.others {
+				o.ahead(ctx, w.nds[i], next)
+			}
+		}
+		for _, li := range next {
+			if err := w.leafAt(ctx, nd, li); err != nil {
+				return err
+			}
 		}
 	}
 	return nil

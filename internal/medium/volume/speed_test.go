@@ -9,6 +9,8 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -307,25 +309,30 @@ func TestSpeedOfSteadyState(t *testing.T) {
 	c := newDiskCluster(t, dir, disk)
 	defer c.close()
 	size := disk * 6 / 10 &^ (1<<20 - 1)
-	m, v := c.volume(t, size, Options{})
+	m, v := c.volume(t, size, Options{Mode: Writeback})
 	fillVolume(t, v, size)
-	l := startLoad(t, v, size, 8)
+	l := startLoad(t, v, size, 32)
 	fresh := float64(0)
-	for i, total := 0, int64(0); total < 4*size; i++ {
-		count, moved, begun := l.count.Load(), m.Stats().Moved, time.Now()
-		time.Sleep(5 * time.Second)
+	for i, total := 0, int64(0); total < 4*size && i < 30; i++ {
+		count, moved, begun, out := l.count.Load(), m.Stats().Moved, time.Now(), written(t)
+		l.worst.Store(0)
+		time.Sleep(2 * time.Second)
 		rate := float64(l.count.Load()-count) / time.Since(begun).Seconds()
 		fresh = max(fresh, rate)
 		user := (l.count.Load() - count) * atoll.BlockSize
 		total += user
-		st := m.Stats()
-		t.Logf("%3d: %.0f writes/s (%.2f of the best), amplification %.2f, pressure %.2f, reclaimable %d MiB, overwritten %.1f times; live %d, stored %d, taken %d, dead %d, waiting %d MiB, %d segments, log %d MiB",
-			i, rate, rate/fresh, 1+float64(st.Moved-moved)/float64(max(user, 1)), m.Pressure(), st.Reclaimable>>20, float64(total)/float64(size),
-			st.Live>>20, st.Stored>>20, st.Taken>>20, st.Dead>>20, st.Waiting>>20, st.Segments, v.Stats().LogBytes>>20)
+		st, r := m.Stats(), m.Room()
+		t.Logf("%3d: %.0f writes/s (%.2f of the best), slowest %s, amplification %.2f, %.2f of it moved; free %d, coming %d, reclaim %.0f MiB/s, overwritten %.1f times; live %d, stored %d, taken %d, dead %d, waiting %d MiB, %d segments, %d virtual, log %d MiB, checkpoints %d",
+			i, rate, rate/fresh, ms(time.Duration(l.worst.Load())), float64(written(t)-out)/float64(max(3*user, 1)), float64(st.Moved-moved)/float64(max(user, 1)), r.Free>>20, r.Coming>>20, v.reclaim.delay.rate/1e6, float64(total)/float64(size),
+			st.Live>>20, st.Stored>>20, st.Taken>>20, st.Dead>>20, st.Waiting>>20, st.Segments, st.Virtual, v.Stats().LogBytes>>20, v.stats.checkpoints.Load())
 		if t.Failed() {
 			break
 		}
-		if i%4 == 1 {
+		if i%8 == 7 {
+			_, err := v.Backup(t.Context(), BackupOptions{})
+			no(t, err)
+		}
+		if i%8 == 1 {
 			for _, p := range v.Versions() {
 				if !p.Hidden() {
 					no(t, v.DeleteVersion(t.Context(), p.Number))
@@ -337,4 +344,17 @@ func TestSpeedOfSteadyState(t *testing.T) {
 	no(t, v.Check(t.Context()))
 	no(t, v.Close(t.Context()))
 	no(t, m.Close(t.Context()))
+}
+
+// written returns what this process has given to disks.
+func written(t *testing.T) (n int64) {
+	text, err := os.ReadFile("/proc/self/io")
+	no(t, err)
+	for line := range strings.Lines(string(text)) {
+		if v, ok := strings.CutPrefix(line, "write_bytes: "); ok {
+			n, err = strconv.ParseInt(strings.TrimSpace(v), 10, 64)
+			no(t, err)
+		}
+	}
+	return n
 }

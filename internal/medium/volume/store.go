@@ -45,15 +45,17 @@ type Store interface {
 	NewEntry() Entry
 	// Submit queues an entry made by NewEntry; its Wait tells the outcome.
 	Submit(ctx context.Context, lane catalog.Lane, e Entry) error
+	// Append is Submit and Wait; alone it is quicker than these.
+	Append(ctx context.Context, lane catalog.Lane, e Entry) error
 
 	// Victims lists segments worth compacting, best first; Placed tells what
 	// lies in one, and Move copies what is live of that elsewhere.
 	Victims(max int) []medium.Victim
 	Placed(ctx context.Context, o atoll.Ordinal, fn func(medium.Placed) error) error
 	Move(ctx context.Context, o atoll.Ordinal, live []medium.Run) error
-	// Pressure tells how full the cluster is, 0 to 1, and Reclaimable how many
-	// bytes compaction and the end of grace times may still give back.
-	Pressure() float64
+	// Room tells what space there is, and Reclaimable how many bytes compaction
+	// and the end of grace times may still give back.
+	Room() medium.Room
 	Reclaimable() int64
 	// Waiting tells how many bytes only a checkpoint makes reclaimable.
 	Waiting() int64
@@ -74,6 +76,8 @@ type Reader interface {
 	ReadRoot(ctx context.Context, number uint64) ([]byte, error)
 	// Read fills dst with whole blocks, of ancestors' segments as well.
 	Read(ctx context.Context, o atoll.Ordinal, block atoll.BlockNo, dst []byte) error
+	// ReadSums is Read, and sets sums, one for each block, to the checksum of each.
+	ReadSums(ctx context.Context, o atoll.Ordinal, block atoll.BlockNo, dst []byte, sums []uint32) error
 	// Ancestor tells whose segment an ordinal is.
 	Ancestor(o atoll.Ordinal) (atoll.MediumID, bool)
 }

@@ -206,7 +206,7 @@ func (s *memStore) AppendMark(ctx context.Context, e Entry) (medium.Mark, error)
 	if err := s.failure("mark"); err != nil {
 		return medium.Mark{}, err
 	}
-	if err := s.Submit(ctx, catalog.Hot, e); err != nil {
+	if err := s.submit(catalog.Hot, e, true); err != nil {
 		return medium.Mark{}, err
 	}
 	if err := e.Wait(ctx); err != nil {
@@ -435,6 +435,14 @@ func (s *memStore) Ancestor(o atoll.Ordinal) (atoll.MediumID, bool) {
 	return s.disk.id, true
 }
 
+func (s *memStore) ReadSums(ctx context.Context, o atoll.Ordinal, b atoll.BlockNo, dst []byte, sums []uint32) error {
+	err := s.Read(ctx, o, b, dst)
+	for i := range sums {
+		sums[i] = segment.CRC(dst[i*atoll.BlockSize:][:atoll.BlockSize])
+	}
+	return err
+}
+
 func (s *memStore) Read(_ context.Context, o atoll.Ordinal, b atoll.BlockNo, dst []byte) error {
 	if err := s.failure("read"); err != nil {
 		return err
@@ -571,16 +579,32 @@ func (s *memStore) Move(_ context.Context, o atoll.Ordinal, live []medium.Run) e
 	return s.manifest(s.man.copy(), false)
 }
 
-func (s *memStore) Pressure() float64  { s.mu.Lock(); defer s.mu.Unlock(); return s.used }
+func (s *memStore) Room() medium.Room {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	const total = 1 << 40
+	return medium.Room{Total: total, Free: int64((0.95 - s.used) * total), Segment: int64(s.segSize) * atoll.BlockSize}
+}
+
 func (s *memStore) Reclaimable() int64 { return 0 }
 func (s *memStore) Waiting() int64     { return 0 }
 
 func (s *memStore) NewEntry() Entry { return &memEntry{s: s, done: make(chan error, 1)} }
 
-func (s *memStore) Submit(_ context.Context, lane catalog.Lane, entry Entry) error {
+func (s *memStore) Submit(_ context.Context, lane catalog.Lane, e Entry) error {
+	return s.submit(lane, e, false)
+}
+
+// submit queues an entry, with reserve even when it is "full".
+func (s *memStore) submit(lane catalog.Lane, entry Entry, reserve bool) error {
 	e := entry.(*memEntry)
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.fail != nil && !reserve && lane == catalog.Hot {
+		if err := s.fail("full"); err != nil {
+			return err
+		}
+	}
 	if s.fail != nil {
 		if err := s.fail("submit"); err != nil {
 			return err
@@ -592,8 +616,19 @@ func (s *memStore) Submit(_ context.Context, lane catalog.Lane, entry Entry) err
 		return nil
 	}
 	s.acked = e.logEnd
-	e.finish(nil)
+	var err error
+	if s.fail != nil && len(e.recs) == 1 && e.recs[0].Kind == kindResize {
+		err = s.fail("resize") // it is in the log all the same
+	}
+	e.finish(err)
 	return nil
+}
+
+func (s *memStore) Append(ctx context.Context, lane catalog.Lane, e Entry) error {
+	if err := s.Submit(ctx, lane, e); err != nil {
+		return err
+	}
+	return e.Wait(ctx)
 }
 
 // place copies an entry into the open segment and the log.

@@ -50,9 +50,10 @@ func (s viewStore) Detach(context.Context) error                            { re
 func (s viewStore) Live(atoll.Ordinal, int)                                 {}
 func (s viewStore) NewEntry() Entry                                         { return nil }
 func (s viewStore) Submit(context.Context, catalog.Lane, Entry) error       { return s.readOnly() }
+func (s viewStore) Append(context.Context, catalog.Lane, Entry) error       { return s.readOnly() }
 func (s viewStore) Victims(int) []medium.Victim                             { return nil }
 func (s viewStore) Move(context.Context, atoll.Ordinal, []medium.Run) error { return s.readOnly() }
-func (s viewStore) Pressure() float64                                       { return 0 }
+func (s viewStore) Room() medium.Room                                       { return medium.Room{} }
 func (s viewStore) Reclaimable() int64                                      { return 0 }
 func (s viewStore) Waiting() int64                                          { return 0 }
 func (s viewStore) AppendMark(context.Context, Entry) (medium.Mark, error) {

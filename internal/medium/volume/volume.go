@@ -97,6 +97,7 @@ type Volume struct {
 	wb    *writeback // nil in writethrough mode
 	ahead readAhead
 	ops   sync.Pool
+	sums  sync.Pool // of *[fan]uint32
 
 	ckpt     chan struct{} // holds a token while a checkpoint or resize runs
 	ckptKick chan struct{}
@@ -129,7 +130,9 @@ func Open(ctx context.Context, s Store, o Options) (*Volume, error) {
 	v.hist.init()
 	v.reclaim.init()
 	v.ctx, v.cancel = context.WithCancel(context.Background())
+	v.gate.end, v.door.end = v.ctx.Done(), v.ctx.Done()
 	v.ops.New = func() any { return &logOp{entry: s.NewEntry()} }
+	v.sums.New = func() any { return new([fan]uint32) }
 	if err := v.recover(ctx, info.Size); err != nil {
 		v.cancel()
 		return nil, fmt.Errorf("open volume %v: %w", v.id, err)
@@ -154,7 +157,9 @@ func Open(ctx context.Context, s Store, o Options) (*Volume, error) {
 		v.wg.Go(v.checkpoints)
 		v.wg.Go(v.settler)
 		v.wg.Go(v.reaper)
-		v.wg.Go(v.compactor)
+		for i := range compactors {
+			v.wg.Go(func() { v.compactor(i == 0) })
+		}
 	}
 	return v, nil
 }

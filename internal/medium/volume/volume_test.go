@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -19,6 +20,7 @@ import (
 
 	"github.com/atollstore/atoll/internal/atoll"
 	"github.com/atollstore/atoll/internal/host"
+	"github.com/atollstore/atoll/internal/host/hosttest"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -387,7 +389,7 @@ func TestNoAllocations(t *testing.T) {
 	no(t, v.Write(ctx, nil, pages, 0, false))
 	check := func(what string, fn func()) {
 		t.Helper()
-		if n := testing.AllocsPerRun(500, fn); n != 0 {
+		if n := hosttest.Allocs(500, fn); n != 0 {
 			t.Errorf("%s: %.1f allocations", what, n)
 		}
 	}
@@ -518,6 +520,82 @@ func TestFailedEntryDoesNotRevert(t *testing.T) {
 		v.Abort()
 		v = mustOpen(t, s, Options{})
 		check("after a crash")
+		no(t, v.Close(ctx))
+	})
+}
+
+// Where there is no room for data, what takes none goes on: discards, and
+// resizes in both directions.
+func TestFullResize(t *testing.T) {
+	s := newMemStore(1<<30, 1)
+	v := mustOpen(t, s, Options{})
+	ctx := t.Context()
+	no(t, v.Write(ctx, nil, make([]byte, 1<<20), 0, false))
+	s.setFail(func(op string) error {
+		if op == "full" {
+			return atoll.ErrNoSpace
+		}
+		return nil
+	})
+	for _, size := range []int64{2 << 30, 1 << 28, 1 << 29} {
+		no(t, v.Resize(ctx, size))
+		if v.Size() != size || s.Info().Size != size {
+			t.Fatalf("it has %d bytes, the catalog says %d, want %d", v.Size(), s.Info().Size, size)
+		}
+	}
+	no(t, v.Discard(ctx, 0, 1<<20, false))
+	s = s.crash()
+	v.Abort()
+	v = mustOpen(t, s, Options{})
+	if v.Size() != 1<<29 || v.Stats().MappedBlocks != 0 {
+		t.Fatalf("after a crash it has %d bytes and %d pages", v.Size(), v.Stats().MappedBlocks)
+	}
+	no(t, v.Close(ctx))
+}
+
+// Writers for whom writeback has no room get in in the order in which they came.
+func TestRoomInOrder(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newMemStore(64<<20, 1)
+		s.lazy = true
+		v := mustOpen(t, s, Options{Mode: Writeback, DirtyBytes: 16 * atoll.BlockSize})
+		ctx := t.Context()
+		no(t, v.Write(ctx, nil, make([]byte, 16*atoll.BlockSize), 0, false))
+		var order []int
+		var mu sync.Mutex
+		var wg sync.WaitGroup
+		for i := range 8 {
+			wg.Go(func() {
+				short := ctx
+				if i == 2 { // it gives up, and holds up nobody
+					c, cancel := context.WithTimeout(ctx, time.Millisecond)
+					defer cancel()
+					short = c
+				}
+				n := []int{20, 1, 3}[i%3]
+				err := v.Write(short, nil, make([]byte, n*atoll.BlockSize), int64(100*(i+1))*atoll.BlockSize, false)
+				if (err != nil) != (i == 2) {
+					t.Errorf("writer %d: %v", i, err)
+				}
+				mu.Lock()
+				order = append(order, i)
+				mu.Unlock()
+			})
+			synctest.Wait()
+		}
+		for len(order) < 8 {
+			time.Sleep(10 * time.Millisecond)
+			s.ack(1)
+			synctest.Wait()
+		}
+		wg.Wait()
+		if want := []int{2, 0, 1, 3, 4, 5, 6, 7}; !slices.Equal(order, want) {
+			t.Errorf("they got in in the order %v, want %v", order, want)
+		}
+		s.mu.Lock()
+		s.lazy = false
+		s.mu.Unlock()
+		s.ack(100)
 		no(t, v.Close(ctx))
 	})
 }

@@ -188,6 +188,9 @@ func (v *Volume) tryLogPages(ctx context.Context, p pageNo, buf *host.Buffer, da
 		return err
 	}
 	defer v.gate.exit(gen)
+	if len(data) <= atoll.MaxBatchBlocks*atoll.BlockSize {
+		return v.logRun(ctx, p, buf, data)
+	}
 	var ops [maxParallel]*logOp
 	n := 0
 	for q := p; len(data) > 0 && err == nil; n++ {
@@ -216,6 +219,20 @@ func (v *Volume) tryLogPages(ctx context.Context, p pageNo, buf *host.Buffer, da
 	return err
 }
 
+// logRun is logPages for one entry.
+func (v *Volume) logRun(ctx context.Context, p pageNo, buf *host.Buffer, data []byte) error {
+	op := v.ops.Get().(*logOp)
+	op.pages = len(data) / atoll.BlockSize
+	op.entry.Add(segment.Record{Kind: kindData, Blocks: uint16(op.pages), Key: uint64(p)}, buf, data)
+	if err := v.store.Append(ctx, catalog.Hot, op.entry); err != nil {
+		return err // op is still the writer's, perhaps: it is not used again
+	}
+	v.apply(p, op)
+	op.entry.Reset()
+	v.ops.Put(op)
+	return nil
+}
+
 // apply puts what a durable entry holds, one run of pages, into the map.
 func (v *Volume) apply(p pageNo, op *logOp) {
 	o, b := op.entry.Seg().Ordinal, op.entry.Block(0)
@@ -230,8 +247,7 @@ func (v *Volume) apply(p pageNo, op *logOp) {
 func (v *Volume) logged(blocks int) {
 	n := int64(blocks+1) * atoll.BlockSize
 	if v.reclaim.logged.Add(n) > gaugeBytes {
-		v.reclaim.logged.Store(0)
-		v.kickReclaim()
+		v.gauge()
 	}
 	if v.logBytes.Add(n) > v.opts.CheckpointBytes || v.pages.crowded() {
 		v.kickCheckpoint()
@@ -249,10 +265,7 @@ func (v *Volume) kickCheckpoint() {
 func (v *Volume) logRecord(ctx context.Context, rec segment.Record) error {
 	op := v.ops.Get().(*logOp)
 	op.entry.Add(rec, nil, nil)
-	if err := v.store.Submit(ctx, catalog.Hot, op.entry); err != nil {
-		return err
-	}
-	if err := op.entry.Wait(ctx); err != nil {
+	if err := v.store.Append(ctx, catalog.Hot, op.entry); err != nil {
 		return err
 	}
 	op.entry.Reset()
@@ -301,6 +314,13 @@ func (v *Volume) zero(ctx context.Context, what string, off, n int64) error {
 }
 
 func (v *Volume) zeroLocked(ctx context.Context, off, n int64) error {
+	// Even what has nothing to do must wait while a restore is in doubt: the
+	// other state may have something there.
+	gen, err := v.gate.enter(ctx)
+	if err != nil {
+		return err
+	}
+	v.gate.exit(gen)
 	from := pageNo((off + atoll.BlockSize - 1) / atoll.BlockSize)
 	to := pageNo((off + n) / atoll.BlockSize)
 	if from > to { // inside one page
@@ -350,40 +370,32 @@ func (v *Volume) dropPages(ctx context.Context, p pageNo, n uint64) error {
 	if v.pages.holes(p, n) {
 		return nil
 	}
-	err := v.tryDropPages(ctx, p, n, false)
-	if err == nil || !errors.Is(err, atoll.ErrNoSpace) {
-		return err
-	}
-	// What gives space back may use the room that is kept for that.
-	if err := v.tryDropPages(ctx, p, n, true); err != nil {
-		return err
-	}
-	v.reclaim.urgent.Store(true)
-	v.reclaim.short.Store(true)
-	v.kickCheckpoint()
-	return nil
-}
-
-// tryDropPages makes pages holes; with reserve the record may lie where others
-// may not.
-func (v *Volume) tryDropPages(ctx context.Context, p pageNo, n uint64, reserve bool) error {
 	gen, err := v.enter(ctx, &v.gate, p, n, anyEra)
 	if err != nil {
 		return err
 	}
 	defer v.gate.exit(gen)
-	rec := segment.Record{Kind: kindDiscard, Key: uint64(p), Aux: n}
-	if reserve {
-		e := v.store.NewEntry()
-		e.Add(rec, nil, nil)
-		_, err = v.store.AppendMark(ctx, e)
-	} else {
-		err = v.logRecord(ctx, rec)
-	}
-	if err != nil {
+	if err := v.logFree(ctx, segment.Record{Kind: kindDiscard, Key: uint64(p), Aux: n}); err != nil {
 		return err
 	}
 	v.pages.clear(p, n)
+	return nil
+}
+
+// logFree appends a record of what takes no space, durably: without room it may
+// lie in what is kept for what gives space back.
+func (v *Volume) logFree(ctx context.Context, rec segment.Record) error {
+	err := v.logRecord(ctx, rec)
+	if !errors.Is(err, atoll.ErrNoSpace) {
+		return err
+	}
+	e := v.store.NewEntry()
+	e.Add(rec, nil, nil)
+	if _, err := v.store.AppendMark(ctx, e); err != nil {
+		return err
+	}
+	v.reclaim.short.Store(true)
+	v.kickCheckpoint()
 	return nil
 }
 
@@ -399,48 +411,59 @@ func (v *Volume) Resize(ctx context.Context, size int64) error {
 	if err := v.lockCheckpoint(ctx); err != nil {
 		return err
 	}
-	defer func() { <-v.ckpt }()
 	old := v.size.Load()
 	r := span(min(size, old), max(size, old)-min(size, old))
 	if err := v.locks.lock(ctx, r); err != nil {
+		<-v.ckpt
 		return err
 	}
-	defer v.locks.unlock(r)
-	if err := v.resizeLocked(ctx, old, size); err != nil {
+	unlock := func() {
+		v.locks.unlock(r)
+		<-v.ckpt
+	}
+	doubt, err := v.resizeLocked(ctx, old, size)
+	if doubt { // of what is written beyond a smaller size nothing would be left
+		err = v.doubt(ctx, err, unlock)
+	} else {
+		unlock()
+	}
+	if err != nil {
 		return fmt.Errorf("resize volume %v to %d bytes: %w", v.id, size, err)
 	}
 	return v.serving("resize")
 }
 
-func (v *Volume) resizeLocked(ctx context.Context, old, size int64) error {
+// resizeLocked resizes; doubt tells that it failed and may have happened. The
+// range between the sizes and the checkpoint token are locked.
+func (v *Volume) resizeLocked(ctx context.Context, old, size int64) (doubt bool, err error) {
 	if size == old {
-		return nil
+		return false, nil
 	}
 	r := span(size, max(old-size, 0))
 	if size < old {
 		if v.wb.holds(r.from, uint64(r.to-r.from)) {
 			if err := v.wb.flush(ctx); err != nil {
-				return err
+				return false, err
 			}
 		}
 		if err := v.pages.prepare(ctx, r.from, uint64(r.to-r.from)); err != nil {
-			return err
+			return false, err
 		}
 	}
 	gen, err := v.gate.enter(ctx)
 	if err != nil {
-		return err
+		return false, err
 	}
-	err = v.logRecord(ctx, segment.Record{Kind: kindResize, Key: uint64(size)})
+	err = v.logFree(ctx, segment.Record{Kind: kindResize, Key: uint64(size)})
 	if err == nil {
 		v.size.Store(size)
 		v.pages.resize(old, size)
 	}
 	v.gate.exit(gen)
 	if err != nil {
-		return err
+		return true, err
 	}
-	return v.store.Update(ctx, func(m *catalogMedium) { m.Size = size })
+	return false, v.store.Update(ctx, func(m *catalogMedium) { m.Size = size })
 }
 
 // allZero reports whether p holds nothing but zeros.

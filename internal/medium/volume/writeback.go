@@ -49,7 +49,8 @@ type writeback struct {
 	fatal    error // sticky
 	progress chan struct{}
 	waiters  int
-	halted   bool // a restore goes on
+	line     []chan struct{} // writers for whom there is no room, first come first served; closed when it is their turn
+	halted   bool            // a restore goes on
 	fence    fence
 
 	rate        float64 // bytes per second that the log takes
@@ -152,21 +153,64 @@ func (w *writeback) add(ctx context.Context, p pageNo, buf *host.Buffer, data []
 	}
 	defer w.v.door.exit(gen)
 	w.mu.Lock()
-	first := w.head == len(w.queue)
-	for len(data) > 0 {
-		if err := w.room(ctx); err != nil {
-			w.mu.Unlock()
-			return err
-		}
-		w.addPage(p, buf, data[:atoll.BlockSize])
-		p, data = p+1, data[atoll.BlockSize:]
+	failures := w.failures
+	var turn chan struct{}
+	if len(w.line) > 0 {
+		turn, err = w.lineUp(ctx)
 	}
+	first := w.head == len(w.queue)
+	for len(data) > 0 && err == nil {
+		if turn == nil && w.held() >= w.allowed() { // the line is empty
+			turn, err = w.lineUp(ctx)
+		}
+		if err = cmp.Or(err, w.room(ctx, failures)); err == nil {
+			w.addPage(p, buf, data[:atoll.BlockSize])
+			p, data = p+1, data[atoll.BlockSize:]
+		}
+	}
+	w.leave(turn)
 	wake := first || w.held() > w.allowed()/4
 	w.mu.Unlock()
+	if err != nil {
+		return err
+	}
 	if wake {
 		w.wake()
 	}
 	return nil
+}
+
+// lineUp joins the line of those who want room and waits until it is their turn.
+// mu is held, but for the wait.
+func (w *writeback) lineUp(ctx context.Context) (turn chan struct{}, err error) {
+	turn = make(chan struct{})
+	w.line = append(w.line, turn)
+	if len(w.line) == 1 {
+		return turn, nil
+	}
+	w.mu.Unlock()
+	select {
+	case <-turn:
+	case <-ctx.Done():
+		err = fmt.Errorf("wait for the write cache: %w: %w", atoll.ErrTimeout, ctx.Err())
+	case <-w.v.ctx.Done():
+		err = atoll.ErrClosed
+	}
+	w.mu.Lock()
+	return turn, err
+}
+
+// leave takes a writer out of the line; it may be the next one's turn then. mu
+// is held.
+func (w *writeback) leave(turn chan struct{}) {
+	i := slices.Index(w.line, turn)
+	if turn == nil || i < 0 {
+		return
+	}
+	w.line = slices.Delete(w.line, i, i+1)
+	if i == 0 && len(w.line) > 0 {
+		close(w.line[0])
+	}
 }
 
 func (w *writeback) addPage(p pageNo, buf *host.Buffer, data []byte) {
@@ -192,9 +236,9 @@ func (w *writeback) addPage(p pageNo, buf *host.Buffer, data []byte) {
 	w.added++
 }
 
-// room waits until less than the limit is held. mu is held, but for the wait.
-func (w *writeback) room(ctx context.Context) error {
-	failures := w.failures
+// room waits until less than the limit is held, or writing failed more often than
+// it had. mu is held, but for the wait.
+func (w *writeback) room(ctx context.Context, failures uint64) error {
 	for w.fatal == nil && w.held() >= w.allowed() {
 		if w.failures != failures {
 			return w.lastErr

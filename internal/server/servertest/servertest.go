@@ -6,13 +6,13 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
-	"net"
 	"os"
 	"path/filepath"
 	"time"
 
 	"github.com/spf13/pflag"
 
+	"github.com/atollstore/atoll/internal/host/hosttest"
 	"github.com/atollstore/atoll/internal/server"
 )
 
@@ -45,13 +45,13 @@ func Run(fn func(*server.Server) int) int {
 
 // start starts a server with three small nodes.
 func start(dir string) (*server.Server, error) {
-	listen, err := freePorts()
+	port, err := hosttest.Ports(3)
 	if err != nil {
 		return nil, err
 	}
 	flags := pflag.NewFlagSet("server", pflag.ContinueOnError)
 	server.AddFlags(flags)
-	args := []string{"--data", dir, "--listen", listen, "--nbd", "none", "--spare", "0", "--disk-limit", "4G", "--memory", "128M"}
+	args := []string{"--data", dir, "--listen", fmt.Sprintf("127.0.0.1:%d", port), "--nbd", "none", "--spare", "0", "--disk-limit", "4G", "--memory", "128M"}
 	if err := flags.Parse(args); err != nil {
 		return nil, err
 	}
@@ -62,27 +62,4 @@ func start(dir string) (*server.Server, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	return server.Start(ctx, cfg, server.Options{Log: slog.New(slog.DiscardHandler), Version: "test"})
-}
-
-// freePorts finds three neighbouring ports that nobody listens on.
-func freePorts() (string, error) {
-	for range 100 {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			return "", err
-		}
-		addr := l.Addr().(*net.TCPAddr)
-		l.Close()
-		free := true
-		for n := range 3 {
-			l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", addr.Port+n))
-			if free = free && err == nil; err == nil {
-				l.Close()
-			}
-		}
-		if free {
-			return addr.String(), nil
-		}
-	}
-	return "", fmt.Errorf("no three free ports in a row")
 }
