@@ -52,7 +52,7 @@ func (c *Catalog) AcquireIdle(ctx context.Context, id atoll.MediumID, s *Session
 
 // AcquireTrashed is Acquire for a medium in the trash, for whoever checks it.
 func (c *Catalog) AcquireTrashed(ctx context.Context, id atoll.MediumID, s *Session) (Head, error) {
-	return c.acquire(ctx, id, s, MediumTrashed)
+	return c.acquire(ctx, id, s, false, MediumTrashed)
 }
 
 // AcquireDeleting is Acquire for a medium in state MediumDeleting, for whoever

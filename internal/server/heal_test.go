@@ -141,7 +141,7 @@ func TestLostNodeIsReplaced(t *testing.T) {
 	began := time.Now()
 	before, _ := memberOf(s, 3)
 	if before == 0 || s.cat.State().Nodes[3].Report.Segments == 0 {
-		eventually(t, 10*time.Second, "in use", func() bool { return s.cat.State().Nodes[3].Report.Segments > 0 })
+		eventually(t, "in use", func() bool { return s.cat.State().Nodes[3].Report.Segments > 0 })
 	}
 	if _, err := b.SetNode(t.Context(), &atollv1.SetNodeRequest{Id: 3, State: "removed"}); !errors.Is(err, atoll.ErrBusy) {
 		t.Errorf("removal of a node in use: %v", err)
@@ -149,9 +149,9 @@ func TestLostNodeIsReplaced(t *testing.T) {
 	if _, err := b.Inject(t.Context(), 3, "kill", 0); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, 60*time.Second, "replaced", func() bool {
+	eventually(t, "replaced", func() bool {
 		n, moves := memberOf(s, 3)
-		if time.Since(began) > 50*time.Second { // it is about to fail: say why
+		if time.Since(began) > patience-10*time.Second { // it is about to fail: say why
 			began = time.Now()
 			for _, set := range s.cat.State().Copysets {
 				if len(set.Moves) > 0 {
@@ -194,12 +194,12 @@ func TestDrain(t *testing.T) {
 	if _, err := b.SetNode(t.Context(), &atollv1.SetNodeRequest{Id: 2, State: "draining"}); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, 60*time.Second, "drained", func() bool {
+	eventually(t, "drained", func() bool {
 		n, moves := memberOf(s, 2)
 		return n == 0 && moves == 0
 	})
 	stop()
-	eventually(t, 20*time.Second, "empty", func() bool {
+	eventually(t, "empty", func() bool {
 		list, err := s.nodes.ListNode(t.Context(), 2, nil)
 		return err == nil && len(list) == 0
 	})
@@ -209,7 +209,7 @@ func TestDrain(t *testing.T) {
 	if _, err := b.SetNode(t.Context(), &atollv1.SetNodeRequest{Id: 2, State: "active"}); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, 10*time.Second, "in use again", func() bool {
+	eventually(t, "in use again", func() bool {
 		n, _ := memberOf(s, 2)
 		return n > 0
 	})
@@ -219,7 +219,7 @@ func TestDrain(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	eventually(t, 5*time.Second, "told", func() bool {
+	eventually(t, "told", func() bool {
 		_, err := b.SetNode(t.Context(), &atollv1.SetNodeRequest{Id: 3, State: "draining"})
 		return errors.Is(err, atoll.ErrUnavailable)
 	})

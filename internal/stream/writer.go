@@ -451,7 +451,7 @@ func (w *Writer) apply(ev event, e *Entry) {
 		w.looked = ev.now
 		ev.whole = w.opts.Nodes.Whole(w.opts.Policy)
 	}
-	w.leave(ev)
+	w.moveOn(ev)
 	w.core.apply(ev)
 	w.core.settle()
 	for _, fx := range w.core.take() {
@@ -462,12 +462,12 @@ func (w *Writer) apply(ev event, e *Entry) {
 	}
 }
 
-// lookEvery is how often a writer with an open segment looks whether to leave it.
+// lookEvery is how often a writer with an open segment looks whether to move on.
 const lookEvery = 2 * time.Second
 
-// leave rolls when a member of the open segment's copyset is being replaced,
+// moveOn rolls when a member of the open segment's copyset is being replaced,
 // which waits until no segment of it is unsealed.
-func (w *Writer) leave(ev event) {
+func (w *Writer) moveOn(ev event) {
 	if ev.now-w.asked < lookEvery/2 || w.core.cur == nil || w.core.rolling == w.core.cur {
 		return
 	}
@@ -512,7 +512,7 @@ func (w *Writer) seg(no segNo) *writerSeg {
 // is left alone.
 func (w *Writer) arm() {
 	at, ok := w.core.wake()
-	if w.core.stopped == nil && w.core.cur != nil { // to look whether to leave
+	if w.core.stopped == nil && w.core.cur != nil { // to look whether to move on
 		if soon := w.core.now + lookEvery; !ok || at > soon {
 			at, ok = soon, true
 		}
