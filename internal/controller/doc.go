@@ -1,5 +1,6 @@
-// Package controller decides: where copies may live (copysets), which media's
-// deletion to finish, and how healthy the cluster is. It runs in every server
+// Package controller decides: where copies may live (copysets), which members of
+// these are to be replaced, which media's deletion to finish, and how healthy the
+// cluster is. It runs in every server
 // with the controller role; the one that is elected acts. It is never in the
 // data path: what it decides goes into the catalog, and others see it there.
 //
@@ -21,9 +22,27 @@
 //     none comes back, and the medium goes on to "deleting". A clone's pin goes
 //     with its record: of a chain of clones the youngest goes first.
 //
-// Not here yet, with the place where it will be: repair and drain replace a
-// member of a copyset, which is a change of Copyset.Nodes and Version in a pass
-// beside Controller.place, fed by nodes in state "draining" or "removed"; until
-// then a draining node takes no new segments and keeps the ones it has. Erasure
-// coding adds copysets of K+M members, which placement makes like any others.
+//   - D4: A member of a copyset is replaced when its node is down for longer than
+//     RepairAfter, at once when it is removed, drained, reports errors, or when
+//     only one other copy of the set can be read; a set with fewer members than
+//     any medium wants gets one more. The most endangered set comes first. Never
+//     are all members on their way out: the last goes when the others are in.
+//     The new member is as far from the others as can be (rack, host), then the
+//     one with least to do, most room and least in common with them.
+//   - D5: A move (catalog.Move) stands in the set's record. While it stands no
+//     segment is registered on the set: that is a condition of the transaction
+//     that registers it (catalog.SwapHead). It is settled when a look at all
+//     heads shows no unsealed segment of the set; owners roll by themselves, and
+//     for media without an owner the controller has it done. Until then recovery
+//     asks the old members, by the rules R1 to R3 of package stream.
+//   - D6: The new member's process does the rest, by the rules H1 to H6 of package
+//     heal, and makes it a member. So repair goes on while no controller is
+//     elected. A move is cancelled when the old member is back before it began,
+//     when that is not to be drained any more, or when the new one fails; what
+//     was copied by then is evicted by rule H5.
+//   - D7: Nodes are balanced when nothing else is to be done: a copyset of the
+//     fullest goes to the emptiest while their use differs by more than 5 %.
+//
+// Not here yet: erasure coding adds copysets of K+M members, which placement
+// makes like any others.
 package controller

@@ -225,11 +225,48 @@ func TestDrain(t *testing.T) {
 	})
 }
 
+// A node that is added is filled from the others until all are about even.
+func TestBalance(t *testing.T) {
+	t.Parallel()
+	s := healing(t, "--disk-limit", "256M")
+	defer mustStop(t, s)
+	b := &backend{s: s}
+	create(t, s, "still", "writethrough")
+	dev := open(t, s, "still")
+	fill(t, dev, 900, false)
+	if err := dev.Flush(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	s.volumes.Release(dev)
+	if _, _, err := b.AddNode(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	spread := func() (low, high float64) {
+		low = 1
+		for _, n := range s.cat.State().Nodes {
+			use := float64(n.Report.Total-n.Report.Free-n.Report.Stray) / float64(max(1, n.Report.Total))
+			low, high = min(low, use), max(high, use)
+		}
+		return low, high
+	}
+	eventually(t, "uneven", func() bool { low, high := spread(); return high-low > 0.07 })
+	eventually(t, "even", func() bool {
+		low, high := spread()
+		_, moves := memberOf(s, 6)
+		return high-low <= 0.06 && low > 0 && moves == 0
+	})
+	dev = open(t, s, "still")
+	verify(t, dev, 900)
+	s.volumes.Release(dev)
+	checkAll(t, s, "still")
+	wholeCopies(t, s, 3)
+}
+
 // checkAll runs what "atoll check --read-all" runs over every volume.
 func checkAll(t *testing.T, s *Server, names ...string) {
 	t.Helper()
 	for _, name := range names {
-		out, err := (&backend{s: s}).CheckVolume(t.Context(), name, true)
+		out, err := (&backend{s: s}).CheckVolume(t.Context(), &atollv1.CheckVolumeRequest{Name: name, ReadAll: true})
 		if err != nil {
 			t.Fatal(err)
 		}
