@@ -30,22 +30,21 @@ func (c *Catalog) StartMove(ctx context.Context, set Copyset, m Move) (Copyset, 
 	return next, nil
 }
 
-// MarkMove notes how far the move of m.New is: Began and Settled, which only
-// rise. ErrNotExist if there is no such move, ErrConflict.
-func (c *Catalog) MarkMove(ctx context.Context, set Copyset, m Move) (Copyset, error) {
+// SettleMove notes that no head lists an unsealed segment of the set, so that
+// the move of id may be finished. ErrNotExist if there is none, ErrConflict.
+func (c *Catalog) SettleMove(ctx context.Context, set Copyset, id atoll.NodeID) (Copyset, error) {
 	next := set.clone()
-	i := next.moveOf(m.New)
+	i := next.moveOf(id)
 	if i < 0 {
-		return Copyset{}, fmt.Errorf("note move of node %v to copyset %v: %w", m.New, set.ID, atoll.ErrNotExist)
+		return Copyset{}, fmt.Errorf("settle move of node %v to copyset %v: %w", id, set.ID, atoll.ErrNotExist)
 	}
-	at := &next.Moves[i]
-	if (at.Began || !m.Began) && (at.Settled || !m.Settled) {
+	if next.Moves[i].Settled {
 		return set, nil
 	}
-	at.Began, at.Settled = at.Began || m.Began, at.Settled || m.Settled
+	next.Moves[i].Settled = true
 	next, err := c.swapCopyset(ctx, set, next)
 	if err != nil {
-		return Copyset{}, fmt.Errorf("note move of node %v to copyset %v: %w", m.New, set.ID, err)
+		return Copyset{}, fmt.Errorf("settle move of node %v to copyset %v: %w", id, set.ID, err)
 	}
 	return next, nil
 }
@@ -116,7 +115,7 @@ func (s Copyset) started(m Move) (Copyset, error) {
 		return s, fmt.Errorf("it has %d members: %w", len(s.Nodes), atoll.ErrInvalid)
 	}
 	s = s.clone()
-	m.Began, m.Settled = false, false
+	m.Settled = false
 	s.Moves = append(s.Moves, m)
 	return s, nil
 }

@@ -101,8 +101,6 @@ type Move struct {
 	New   atoll.NodeID `json:"new"`
 	Why   MoveReason   `json:"why"`
 	Since time.Time    `json:"since"`
-	// Began: New may hold copies by now.
-	Began bool `json:"began,omitempty"`
 	// Settled: no head lists an unsealed segment of the set, nor can one be
 	// registered while the move stands.
 	Settled bool `json:"settled,omitempty"`

@@ -58,9 +58,9 @@ The old node may be down. Remove it when it is done.`,
 	remove := &cobra.Command{
 		Use:   "remove ID",
 		Short: "Take a node out of the cluster for good",
-		Long: `Take a node out of the cluster for good. One that lives has to be drained first;
-of one that is down the copies are made anew on others at once. Refused when data
-would be lost. A removed disk is not let in again unless it is emptied.`,
+		Long: `Take a node out of the cluster for good. One that lives has to be drained
+first; what one held that is down is copied anew on others at once. Refused when
+data would be lost. A removed disk is not let in again unless it is emptied.`,
 		Args:    cobra.ExactArgs(1),
 		Example: "  atoll node remove 3",
 		RunE: func(cmd *cobra.Command, args []string) error {

@@ -121,7 +121,7 @@ func (s *settler) settle(ctx context.Context) error {
 			continue
 		}
 		for _, m := range set.Moves {
-			if set, err = s.c.cat.MarkMove(ctx, set, catalog.Move{New: m.New, Settled: true}); err != nil {
+			if set, err = s.c.cat.SettleMove(ctx, set, m.New); err != nil {
 				if errors.Is(err, atoll.ErrConflict) {
 					break
 				}

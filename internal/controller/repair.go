@@ -18,6 +18,8 @@ const (
 	movesPerNode = 32
 	// movesPerPlan bounds what one plan starts; the rest is for the next.
 	movesPerPlan = 256
+	// urgent is the grace when only one copy is left.
+	urgent = 10 * time.Second
 	// giveUp is how long the new member of a move may be down before another
 	// one is chosen, if that is less than the time for old ones.
 	giveUp = 30 * time.Second
@@ -93,6 +95,7 @@ type repairer struct {
 	st       *catalog.State
 	now      time.Time
 	after    time.Duration
+	began    time.Time         // the start of the server that has run for longest
 	nodes    []catalog.Node    // ascending
 	sets     []catalog.Copyset // ascending
 	sizes    []int             // of sets that media want
@@ -109,6 +112,11 @@ func newRepairer(st *catalog.State, now time.Time, after time.Duration) *repaire
 	}
 	r := &repairer{st: st, now: now, after: after, incoming: map[atoll.NodeID]int{}, member: map[atoll.NodeID]int{},
 		with: map[[2]atoll.NodeID]int{}, changed: map[atoll.CopysetID]bool{}}
+	for _, p := range st.Processes {
+		if r.began.IsZero() || p.Started.Before(r.began) {
+			r.began = p.Started
+		}
+	}
 	active := 0
 	for _, id := range sortedNodes(st) {
 		r.nodes = append(r.nodes, st.Nodes[id])
@@ -150,9 +158,15 @@ func takes(n catalog.Node) bool {
 	return readable(n) && n.State == catalog.NodeActive && !n.Report.ReadOnly && !n.Report.Full && n.Report.Total > 0
 }
 
-// downFor reports whether a node has been known as down for so long.
+// downFor reports whether a node has been known as down for so long. Time in
+// which no server ran does not count: after a restart of the whole cluster some
+// are up before others.
 func (r *repairer) downFor(n catalog.Node, d time.Duration) bool {
-	return gone(n) && !n.Down.IsZero() && r.now.Sub(n.Down) >= d
+	since := n.Down
+	if r.began.After(since) {
+		since = r.began
+	}
+	return gone(n) && !n.Down.IsZero() && r.now.Sub(since) >= d
 }
 
 // fate tells why a node should leave its copysets, "" if it should not. alone
@@ -162,7 +176,7 @@ func (r *repairer) fate(id atoll.NodeID, alone bool) catalog.MoveReason {
 	switch {
 	case !is || n.State == catalog.NodeRemoved || r.downFor(n, r.after):
 		return catalog.MoveLost
-	case alone && r.downFor(n, 0):
+	case alone && r.downFor(n, min(r.after, urgent)):
 		return catalog.MoveLost
 	case n.State == catalog.NodeDraining:
 		return catalog.MoveDrain
@@ -230,7 +244,7 @@ func (r *repairer) review(set catalog.Copyset) {
 			why = "the new member takes no writes"
 		case back && m.Why == catalog.MoveDrain:
 			why = "the old member is not to be drained any more"
-		case back && (m.Why == catalog.MoveLost || m.Why == catalog.MoveErrors) && !m.Began:
+		case back && (m.Why == catalog.MoveLost || m.Why == catalog.MoveErrors):
 			why = "the old member is back"
 		default:
 			continue

@@ -74,7 +74,15 @@ func TestPlanRepair(t *testing.T) {
 			down(st, 3, time.Second)
 			change(st, 3, func(n *catalog.Node) { n.State = catalog.NodeRemoved })
 		}, "1 3>5 lost"},
-		{"only one copy is left: at once", func(st *catalog.State) { down(st, 3, 0); down(st, 2, 0) }, "1 2>5 lost"},
+		{"only one copy is left: soon", func(st *catalog.State) { down(st, 3, 10*time.Second); down(st, 2, 10*time.Second) }, "1 2>5 lost"},
+		{"as long as no server ran nothing counts", func(st *catalog.State) {
+			down(st, 3, time.Hour)
+			st.Processes = map[atoll.UUID]catalog.Process{{1}: {Started: noon.Add(-4 * time.Minute)}, {2}: {Started: noon}}
+		}, ""},
+		{"and then it does", func(st *catalog.State) {
+			down(st, 3, time.Hour)
+			st.Processes = map[atoll.UUID]catalog.Process{{1}: {Started: noon.Add(-5 * time.Minute)}, {2}: {Started: noon}}
+		}, "1 3>5 lost"},
 		{"nothing is left", func(st *catalog.State) {
 			down(st, 1, time.Hour)
 			down(st, 2, time.Hour)
@@ -126,19 +134,16 @@ func TestPlanRepair(t *testing.T) {
 			change(st, 3, func(n *catalog.Node) { n.State, n.Heir = catalog.NodeDraining, 5 })
 			change(st, 4, func(n *catalog.Node) { n.Report.Free = 900 })
 		}, "1 3>5 drain"},
-		{"it is back before anything was copied", func(st *catalog.State) {
+		{"it is back", func(st *catalog.State) {
 			moving(st, 1, catalog.Move{Old: 3, New: 4, Why: catalog.MoveLost})
 		}, "cancel 1 4"},
-		{"it is back later", func(st *catalog.State) {
-			moving(st, 1, catalog.Move{Old: 3, New: 4, Why: catalog.MoveLost, Began: true})
-		}, ""},
 		{"undrained, whatever was copied", func(st *catalog.State) {
-			moving(st, 1, catalog.Move{Old: 3, New: 4, Why: catalog.MoveDrain, Began: true})
+			moving(st, 1, catalog.Move{Old: 3, New: 4, Why: catalog.MoveDrain})
 		}, "cancel 1 4"},
 		{"the new member is lost, too", func(st *catalog.State) {
 			down(st, 3, time.Hour)
 			down(st, 4, time.Minute)
-			moving(st, 1, catalog.Move{Old: 3, New: 4, Why: catalog.MoveLost, Began: true})
+			moving(st, 1, catalog.Move{Old: 3, New: 4, Why: catalog.MoveLost})
 		}, "cancel 1 4"},
 		{"two members have too few", func(st *catalog.State) { set(st, 2, 1, 2) }, "2 0>4 short"},
 		{"two members, as some media want", func(st *catalog.State) { set(st, 2, 1, 2); st.Copies[2] = true }, ""},

@@ -100,7 +100,6 @@ func (w *worker) ripe(sets []catalog.Copyset) []catalog.Copyset {
 
 // pass lists, copies and finishes some sets; true if it got on.
 func (w *worker) pass(ctx context.Context, st *catalog.State, sets []catalog.Copyset) (progress bool) {
-	sets = w.begin(ctx, sets)
 	if len(sets) == 0 {
 		return false
 	}
@@ -156,20 +155,6 @@ func (w *worker) tell(ctx context.Context, sets []catalog.Copyset, verdicts []ve
 		w.told = time.Now()
 		w.h.log.InfoContext(ctx, "replacement waits", "copyset", sets[i].ID, "node", w.id, "unsettled", len(v.waiting), "first", first, "silent", v.silent)
 	}
-}
-
-// begin notes that there may be copies from now on, so that the moves are not
-// taken for ones that nothing has come of.
-func (w *worker) begin(ctx context.Context, sets []catalog.Copyset) (out []catalog.Copyset) {
-	for _, set := range sets {
-		next, err := w.h.opts.Catalog.MarkMove(ctx, set, catalog.Move{New: w.id, Began: true})
-		if err != nil {
-			w.failed(ctx, "replacement not begun", set.ID, err)
-			continue
-		}
-		out = append(out, next)
-	}
-	return out
 }
 
 func (w *worker) failed(ctx context.Context, what string, set atoll.CopysetID, err error) {
