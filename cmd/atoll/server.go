@@ -13,6 +13,10 @@ import (
 	"github.com/atollstore/atoll/internal/server"
 )
 
+// faultsEnv, in the environment, has a server take the calls of "atoll demo" that
+// break its nodes, from those who may use its API: for tests of whole clusters.
+const faultsEnv = "ATOLL_TEST_FAULTS"
+
 // serverCommand is "atoll server".
 func serverCommand() *cobra.Command {
 	var showConfig bool
@@ -46,7 +50,7 @@ server's settings come from, "atoll server --show-config" those it would get.`,
 			if err != nil {
 				return err
 			}
-			srv, err := server.Start(cmd.Context(), cfg, server.Options{Log: log, Version: buildVersion()})
+			srv, err := server.Start(cmd.Context(), cfg, server.Options{Log: log, Version: buildVersion(), Faults: os.Getenv(faultsEnv) != ""})
 			if err != nil {
 				return err
 			}

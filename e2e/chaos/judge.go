@@ -20,7 +20,7 @@ var register = porcupine.Model{
 	},
 }
 
-const judgeTime = 20 * time.Second // for one block
+const judgeTime = 2 * time.Minute // for one block
 
 // Verdict is what the judge found.
 type Verdict struct {

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -109,6 +110,12 @@ func newCluster(t *testing.T, servers, controllers int) *Cluster {
 	if c != nil {
 		t.Cleanup(func() {
 			if t.Failed() {
+				if os.Getenv("CHAOS_LOGS") != "" { // with what all goroutines do
+					for _, s := range c.Servers {
+						s.Signal(syscall.SIGCONT)
+						s.end(syscall.SIGQUIT, 10*time.Second)
+					}
+				}
 				var b strings.Builder
 				c.Logs(&b, 80)
 				t.Log(b.String())
@@ -118,7 +125,7 @@ func newCluster(t *testing.T, servers, controllers int) *Cluster {
 	if err != nil {
 		t.Fatal(err)
 	}
-	took, err := c.Healthy(context.Background(), 60*time.Second)
+	took, err := c.Healthy(context.Background(), healLimit)
 	if err != nil {
 		t.Fatal(err)
 	}

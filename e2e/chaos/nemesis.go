@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"sort"
+	"strconv"
 	"strings"
 	"syscall"
 	"text/tabwriter"
@@ -66,6 +67,8 @@ var faults = map[string]func(n *Nemesis, ctx context.Context) (what string, mend
 	"cut one way":         (*Nemesis).oneWay,
 	"flip bits":           (*Nemesis).flip,
 	"fill a disk":         (*Nemesis).fill,
+	"slow disk":           (*Nemesis).slow,
+	"failing disk":        (*Nemesis).failing,
 	"restart a server":    (*Nemesis).restart,
 }
 
@@ -258,6 +261,38 @@ func (n *Nemesis) flip(context.Context) (string, func(context.Context) error, er
 func (n *Nemesis) fill(context.Context) (string, func(context.Context) error, error) {
 	s := n.any(n.c.Servers)
 	return "no byte free on " + s.Name, func(context.Context) error { return s.Empty() }, s.Fill()
+}
+
+func (n *Nemesis) slow(ctx context.Context) (string, func(context.Context) error, error) {
+	delay := []string{"20ms", "200ms", "2s"}[n.rng.IntN(3)]
+	return n.inject(ctx, "slow", "--delay", delay)
+}
+
+func (n *Nemesis) failing(ctx context.Context) (string, func(context.Context) error, error) {
+	return n.inject(ctx, "fail")
+}
+
+// inject uses the program's own way to spoil a disk.
+func (n *Nemesis) inject(ctx context.Context, verb string, flags ...string) (string, func(context.Context) error, error) {
+	s := n.any(n.c.Servers)
+	nodes, err := n.c.Nodes(ctx, s)
+	if err != nil {
+		return "", nil, err
+	}
+	id := ""
+	for _, k := range nodes {
+		if k.Path == s.Disk {
+			id = strconv.Itoa(k.ID)
+		}
+	}
+	says, err := s.Atoll(ctx, append([]string{"demo", verb, id}, flags...)...)
+	return s.Name + ": " + strings.TrimSpace(says), func(ctx context.Context) error {
+		_, err := Eventually(ctx, time.Minute, "node "+id+" is well", func(ctx context.Context) error {
+			_, err := s.Atoll(ctx, "demo", "revive", id)
+			return err
+		})
+		return err
+	}, err
 }
 
 // restart stops a server cleanly and starts it again.

@@ -43,7 +43,7 @@ func (s *Server) API() string { return net.JoinHostPort(s.Addr, apiPort) }
 
 // environ is the environment of the program: none of the user's.
 func (s *Server) environ(extra ...string) []string {
-	return append([]string{"PATH=" + os.Getenv("PATH"), "HOME=" + s.dir, "XDG_RUNTIME_DIR=" + s.dir, "TMPDIR=" + s.w.Dir, "LC_ALL=C"}, extra...)
+	return append([]string{"PATH=" + os.Getenv("PATH"), "HOME=" + s.dir, "XDG_RUNTIME_DIR=" + s.dir, "TMPDIR=" + s.w.Dir, "LC_ALL=C", "ATOLL_TEST_FAULTS=1"}, extra...)
 }
 
 // Start starts the process and returns when it says that it is ready.

@@ -36,7 +36,8 @@ func Unable() string {
 		}
 	}
 	// Whether the kernel lets us, and knows bridges, veth and nftables.
-	probe := exec.Command("sh", "-c", "ip link add b0 type bridge && ip link add v0 type veth peer name v1 && nft add table inet probe")
+	probe := exec.Command("sh", "-c", "ip link add b0 type bridge && ip link add v0 type veth peer name v1 && nft -f -")
+	probe.Stdin = strings.NewReader(ruleset)
 	probe.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET | unix.CLONE_NEWNS | unix.CLONE_NEWPID}
 	if out, err := probe.CombinedOutput(); err != nil {
 		return fmt.Sprintf("no network namespaces here: %v: %s", err, strings.TrimSpace(string(out)))

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"strconv"
+	"strings"
 	"testing"
 	"time"
 )
@@ -127,6 +128,10 @@ func cutRounds(t *testing.T, l *lab, s site, fs string, cuts int, verdict func(r
 // diskModules are what a guest with a virtio disk loads.
 var diskModules = []string{"virtio_pci", "virtio_blk", "crc32c_generic"}
 
+// leastSynced is how many files a guest has reported synced before the power is
+// cut, however slow the machine is.
+const leastSynced = 5
+
 // writeAndCut lets the guest write for a random time, cuts the power and
 // returns the last file that was reported synced.
 func writeAndCut(t *testing.T, v *vm, s site, rng *rand.Rand) (last int) {
@@ -135,43 +140,42 @@ func writeAndCut(t *testing.T, v *vm, s site, rng *rand.Rand) (last int) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	if last, err = synced(strings.Join(words, " "), 0); err != nil {
+		t.Fatal(err)
+	}
 	s.arm()
 	timer := time.NewTimer(time.Duration(1500+rng.IntN(2500)) * time.Millisecond)
 	defer timer.Stop()
-	cut := false
-	for {
-		// A guest whose disk is gone may complain, but never say "synced".
-		if last, err = synced(words, last); err != nil && !cut {
-			t.Fatal(err)
-		}
-		var line string
-		ok := false
-		select {
-		case line, ok = <-v.lines:
-		case <-timer.C:
+	limit := time.NewTimer(bootTimeout)
+	defer limit.Stop()
+	for reports, elapsed, cut := 1, false, false; ; {
+		if elapsed && !cut && reports >= leastSynced {
 			// The disk goes with the guest still running and writing, so that
 			// the guest cannot report what the disk has not answered.
 			s.cut()
 			v.cut()
 			cut = true
-			continue
 		}
-		if !ok {
-			if !cut {
-				t.Fatal("the guest ended on its own")
+		select {
+		case line, ok := <-v.lines:
+			if !ok && cut {
+				return last
 			}
-			return last
+			// A guest whose disk is gone may complain, but never say "synced".
+			if last, err = synced(line, last); !cut && (err != nil || !ok) {
+				t.Fatalf("the guest ended on its own: %v", err)
+			}
+			reports++
+		case <-timer.C:
+			elapsed = true
+		case <-limit.C:
+			t.Fatalf("the guest synced %d files in %v", reports, bootTimeout)
 		}
-		words = []string{line}
 	}
 }
 
 // synced takes the number out of a report.
-func synced(words []string, last int) (int, error) {
-	line := words[0]
-	if len(words) > 1 {
-		line += " " + words[1]
-	}
+func synced(line string, last int) (int, error) {
 	var n int
 	if _, err := fmt.Sscanf(line, "synced %d", &n); err != nil {
 		return last, fmt.Errorf("guest: %q", line)

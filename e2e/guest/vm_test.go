@@ -19,7 +19,7 @@ import (
 
 // bootTimeout bounds the wait for a guest's next line; a busy machine emulates
 // slowly.
-const bootTimeout = 150 * time.Second
+const bootTimeout = 5 * time.Minute
 
 // lab is what the guests of this test run share.
 type lab struct {

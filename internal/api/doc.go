@@ -6,8 +6,7 @@
 // can enter and where who says nothing is root, and on TCP, where every call but
 // /healthz and /metrics needs root's token from the credential file or a user's name
 // and password (caller.go). What users may do is the Backend's to say (Rights);
-// the interceptor in server.go asks it before every call. Profiles are served on
-// the Unix socket only.
+// the interceptor in server.go asks it before every call. Profiles are root's.
 //
 // The code in atollv1 is made by "make generate".
 package api

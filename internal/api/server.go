@@ -72,8 +72,7 @@ type Mount struct {
 }
 
 // NewHandlers returns the handler for TCP, which wants to know who calls, and the
-// one for the Unix socket, where who says nothing is root, and which also serves
-// profiles.
+// one for the Unix socket, where who says nothing is root.
 func NewHandlers(o Options) (tcp, unix http.Handler) {
 	mux := http.NewServeMux()
 	serveCalls(mux, o)
@@ -87,6 +86,7 @@ func NewHandlers(o Options) (tcp, unix http.Handler) {
 	if o.Metrics != nil {
 		mux.Handle("GET /metrics", o.Metrics)
 	}
+	serveProfiles(mux)
 	private, public := http.NewServeMux(), http.NewServeMux()
 	private.Handle("/", identify(o, true, mux))
 	public.Handle("/", identify(o, false, http.NewCrossOriginProtection().Handler(mux)))
@@ -98,12 +98,22 @@ func NewHandlers(o Options) (tcp, unix http.Handler) {
 			public.Handle(m.Path, refusePages(m.TCP))
 		}
 	}
-	private.HandleFunc("/debug/pprof/", pprof.Index)
-	private.HandleFunc("/debug/pprof/cmdline", pprof.Cmdline)
-	private.HandleFunc("/debug/pprof/profile", pprof.Profile)
-	private.HandleFunc("/debug/pprof/symbol", pprof.Symbol)
-	private.HandleFunc("/debug/pprof/trace", pprof.Trace)
 	return public, private
+}
+
+// serveProfiles serves Go's profiles to root.
+func serveProfiles(mux *http.ServeMux) {
+	for path, h := range map[string]http.HandlerFunc{
+		"": pprof.Index, "cmdline": pprof.Cmdline, "profile": pprof.Profile, "symbol": pprof.Symbol, "trace": pprof.Trace,
+	} {
+		mux.HandleFunc("/debug/pprof/"+path, func(w http.ResponseWriter, r *http.Request) {
+			if !CallerOf(r.Context()).Root {
+				http.Error(w, "profiles are for root", http.StatusForbidden)
+				return
+			}
+			h(w, r)
+		})
+	}
 }
 
 // serveCalls registers the services.

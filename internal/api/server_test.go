@@ -179,3 +179,71 @@ func TestMounts(t *testing.T) {
 	}
 	http.DefaultClient.CloseIdleConnections()
 }
+
+// loginBackend knows bob, who is not root.
+type loginBackend struct{ fakeBackend }
+
+func (*loginBackend) Login(_ context.Context, name, password string) (Caller, error) {
+	if name == "bob" && password == "b" {
+		return Caller{Name: name}, nil
+	}
+	return Caller{}, atoll.ErrDenied
+}
+
+func (*loginBackend) Authorize(_ context.Context, who Caller, request any) error {
+	if r, ok := request.(*atollv1.GetEntryRequest); ok && r.Path == "his" && who.Name == "bob" {
+		return nil
+	}
+	return fmt.Errorf("not %s's: %w", who.Name, atoll.ErrDenied)
+}
+
+func (*loginBackend) Conceal(_ context.Context, _ Caller, response any) error {
+	response.(*atollv1.Entry).Owner = "seen"
+	return nil
+}
+
+// Every call is put before the rights, but root's; and profiles are root's.
+func TestCallers(t *testing.T) {
+	tcp, unix, root := serve(t, Options{Backend: &loginBackend{}, Token: "secret"})
+	as := func(base string, cred Credential) *Client {
+		c, err := NewClient(base, cred, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(c.Close)
+		return c
+	}
+	bob := Credential{User: "bob", Password: "b"}
+	for _, w := range []struct {
+		c        *Client
+		path     string
+		want     error
+		profiles int
+	}{
+		{root, "other", nil, 200}, {as(unix.URL, Credential{}), "other", nil, 200},
+		{as(tcp.URL, bob), "his", nil, 403}, {as(unix.URL, bob), "his", nil, 403},
+		{as(tcp.URL, bob), "other", atoll.ErrDenied, 403}, {as(unix.URL, bob), "other", atoll.ErrDenied, 403},
+		{as(tcp.URL, Credential{User: "bob"}), "his", atoll.ErrDenied, 401}, {as(unix.URL, Credential{User: "bob"}), "his", atoll.ErrDenied, 401},
+		{as(tcp.URL, Credential{}), "his", atoll.ErrDenied, 401},
+	} {
+		e, err := w.c.Names.GetEntry(t.Context(), connect.NewRequest(&atollv1.GetEntryRequest{Path: w.path}))
+		if !errors.Is(err, w.want) || err == nil && (e.Msg.Owner == "seen") != (w.path == "his") {
+			t.Errorf("%+v gets %s: %v %v", w.c.cred, w.path, e, err)
+		}
+		in, err := w.c.Versions.Diff(t.Context(), connect.NewRequest(&atollv1.DiffRequest{}))
+		if err == nil {
+			in.Receive()
+			err = errors.Join(in.Err(), in.Close())
+		}
+		if errors.Is(err, atoll.ErrDenied) == (w.profiles == 200) {
+			t.Errorf("%+v reads a stream: %v", w.c.cred, err)
+		}
+		resp, err := w.c.Get(t.Context(), "/debug/pprof/cmdline")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if resp.Body.Close(); resp.StatusCode != w.profiles {
+			t.Errorf("%+v gets profiles: %d", w.c.cred, resp.StatusCode)
+		}
+	}
+}

@@ -111,8 +111,10 @@ read and verified, and what is damaged is mended.
 
 With --data, the data of a server that is stopped are checked where they lie;
 name its --disk directories, too, if it has some. That is possible for a server
-that is a cluster by itself. Without names, volumes in the trash and deleted ones
-that clones need are checked, too.
+that is a cluster by itself.
+
+Without names, volumes in the trash are checked, too, and deleted ones that
+clones need.
 
 Exit code 8: something is damaged and could not be repaired. Exit code 7: all
 that could be looked at is well, but not all could be.`,

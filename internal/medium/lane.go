@@ -255,7 +255,8 @@ func (r registry) Seal(ctx context.Context, s catalog.Sealed) error {
 	return nil
 }
 
-// shrunk notes what a segment gives back that was sealed short.
+// shrunk notes how long a segment became, and what it gives back if it was sealed
+// short.
 func (m *Medium) shrunk(s catalog.Sealed) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -263,7 +264,12 @@ func (m *Medium) shrunk(s catalog.Sealed) {
 	if slot == nil || s.Length == 0 {
 		return
 	}
-	if st, _, _ := slot.get(); st == stateOpen && slot.size > s.Length {
+	if st, _, _ := slot.get(); st != stateOpen {
+		return
+	}
+	m.filled.Add(s.Length.Bytes())
+	m.metrics.filled(s.Length.Bytes())
+	if slot.size > s.Length {
 		m.taken.Add(-(slot.size - room(s.Length, slot.size)).Bytes())
 	}
 }

@@ -356,7 +356,9 @@ func (d *draft) blocks() int {
 func (m *Medium) storeRemaps(ctx context.Context, lane catalog.Lane, d *draft) error {
 	var list []ownRecord
 	for _, o := range slices.Sorted(maps.Keys(d.remaps)) {
-		list = append(list, ownRecord{kindRemap, uint64(o), d.remaps[o].encode()})
+		p := d.remaps[o].encode()
+		m.metrics.wrote("remap", len(p))
+		list = append(list, ownRecord{kindRemap, uint64(o), p})
 	}
 	refs, err := m.appendOwnAll(ctx, lane, list)
 	if err != nil {

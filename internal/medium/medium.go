@@ -75,6 +75,7 @@ type Medium struct {
 	written     atomic.Int64 // blocks of own records since Open
 	cost        atomic.Int64 // blocks of the last manifest
 	copied      atomic.Int64 // bytes that compaction copied since Open
+	filled      atomic.Int64 // bytes of segments sealed since Open
 	born        time.Time
 	weighed     atomic.Int64 // nanoseconds after born when the next two were counted; 0 never
 	reclaimable atomic.Int64

@@ -18,6 +18,7 @@ type Metrics struct {
 	deadBytes       prometheus.Gauge
 	movedBytes      prometheus.Counter
 	reclaimedBytes  prometheus.Counter
+	writtenBytes    prometheus.Counter
 }
 
 // NewMetrics makes the metrics and registers them.
@@ -45,8 +46,10 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 		reclaimedBytes: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "atoll_gc_reclaimed_bytes_total", Help: "Bytes of segments removed from all their nodes, one copy."}),
 	}
+	m.writtenBytes = prometheus.NewCounter(prometheus.CounterOpts{
+		Name: "atoll_medium_written_bytes_total", Help: "Bytes of all segments sealed, one copy: data, map pages, manifests, what compaction copied, and headers."})
 	reg.MustRegister(m.manifestSeconds, m.openSeconds, m.segmentsRemoved, m.manifestBytes, m.versionsMade, m.versions,
-		m.liveBytes, m.deadBytes, m.movedBytes, m.reclaimedBytes)
+		m.liveBytes, m.deadBytes, m.movedBytes, m.reclaimedBytes, m.writtenBytes)
 	return m
 }
 
@@ -59,6 +62,12 @@ func (m *Metrics) manifest(d time.Duration) {
 func (m *Metrics) opened(d time.Duration) {
 	if m != nil {
 		m.openSeconds.Observe(d.Seconds())
+	}
+}
+
+func (m *Metrics) filled(bytes int64) {
+	if m != nil {
+		m.writtenBytes.Add(float64(bytes))
 	}
 }
 

@@ -20,6 +20,7 @@ type Stats struct {
 	Dead        int64 // of Stored, bytes that nothing references, with headers of batches
 	Reclaimable int64 // of Dead, bytes in segments that Victims could return, or that are to be removed
 	Moved       int64 // bytes that compaction copied since Open
+	Written     int64 // bytes of segments sealed since Open, one copy: everything that was written, with headers
 	Log         int64 // bytes appended to the hot lane since the mark
 	Unverified  int   // copies not known to be whole
 	Listed      int   // segments in the head, waiting for a manifest
@@ -32,7 +33,7 @@ func (m *Medium) Stats() Stats {
 	defer m.mu.Unlock()
 	s := Stats{
 		Epoch: m.epoch, Log: (m.appended.Load() - m.mu.man.Mark.count) * atoll.BlockSize, Listed: len(h.Sealed) + len(h.Dropped),
-		Versions: len(m.mu.man.Versions), Moved: m.copied.Load(),
+		Versions: len(m.mu.man.Versions), Moved: m.copied.Load(), Written: m.filled.Load(),
 	}
 	usual := m.usual()
 	total := m.table.spread()

@@ -25,7 +25,7 @@ import (
 type disk struct {
 	path   string
 	fs     host.FS
-	fault  *host.Fault // only in a demo
+	fault  *host.Fault // only with Options.Faults
 	shared bool        // one sync flushes the whole disk
 	device uint64      // of the file system it is on
 	id     node.Identity
@@ -96,7 +96,7 @@ func (d *diskSet) open(ctx context.Context, path string) (*disk, error) {
 		return nil, err
 	}
 	k := &disk{path: path, fs: dir, shared: dir.WholeFlush(), device: deviceOf(path)}
-	if d.s.opts.Demo {
+	if d.s.opts.Faults {
 		k.fault = host.NewFault(dir)
 		k.fs = k.fault
 	}
@@ -362,10 +362,14 @@ func (d *diskSet) inject(ctx context.Context, id atoll.NodeID, fault string, del
 		k.fault.Inject(host.Rule{Ops: host.OpWrite | host.OpCreate, Err: atoll.ErrNoSpace})
 		d.setFate(k, "full")
 		return fmt.Sprintf("the disk of node %d is full", id), nil
+	case "fail":
+		k.fault.Inject(host.Rule{Ops: host.OpWrite | host.OpSync | host.OpRead, Err: atoll.ErrIO})
+		d.setFate(k, "failing")
+		return fmt.Sprintf("every disk operation of node %d fails", id), nil
 	case "revive":
 		return d.revive(ctx, k, fate)
 	}
-	return "", fmt.Errorf("fault %q: want kill, pause, slow, corrupt, fill or revive: %w", fault, atoll.ErrInvalid)
+	return "", fmt.Errorf("fault %q: want kill, pause, slow, fail, corrupt, fill or revive: %w", fault, atoll.ErrInvalid)
 }
 
 func (d *diskSet) setFate(k *disk, fate string) {
@@ -397,7 +401,7 @@ func (d *diskSet) revive(ctx context.Context, k *disk, fate string) (string, err
 	if n != nil {
 		n.Resume()
 		st, err := n.Stat(ctx)
-		if err == nil && !st.ReadOnly && !st.Full {
+		if err == nil && !st.ReadOnly && !st.Full && fate != "failing" {
 			d.setFate(k, "")
 			if fate == "" {
 				return fmt.Sprintf("node %d was well", k.reg.ID), nil

@@ -23,7 +23,7 @@ func (s *Server) leads() bool {
 func (s *Server) lead(ctx context.Context, b *backend) {
 	t := time.NewTicker(leadEvery)
 	defer t.Stop()
-	var crowd crowding
+	var room scarcity
 	for {
 		select {
 		case <-ctx.Done():
@@ -32,11 +32,11 @@ func (s *Server) lead(ctx context.Context, b *backend) {
 		}
 		if !s.leads() {
 			s.noteTrash(nil)
-			crowd = crowding{}
+			room = scarcity{}
 			continue
 		}
 		pass, done := context.WithTimeout(ctx, time.Minute)
-		if err := b.expireTrash(pass, time.Now(), &crowd); err != nil && ctx.Err() == nil {
+		if err := b.expireTrash(pass, time.Now(), &room); err != nil && ctx.Err() == nil {
 			s.log.Warn("trash not emptied", "err", err)
 		}
 		if err := b.runSchedules(pass, time.Now()); err != nil && ctx.Err() == nil {

@@ -155,10 +155,10 @@ func trash(t *testing.T, s *Server, c *api.Client) {
 		slices.Sort(out)
 		return out
 	}
-	if err := b.expireTrash(ctx, time.Now(), &crowding{}); err != nil || len(left()) != 2 {
+	if err := b.expireTrash(ctx, time.Now(), &scarcity{}); err != nil || len(left()) != 2 {
 		t.Errorf("expired early: %v %v", left(), err)
 	}
-	if err := b.expireTrash(ctx, time.Now().Add(90*time.Minute), &crowding{}); err != nil || !slices.Equal(left(), []string{"q/r"}) {
+	if err := b.expireTrash(ctx, time.Now().Add(90*time.Minute), &scarcity{}); err != nil || !slices.Equal(left(), []string{"q/r"}) {
 		t.Errorf("expired: %v %v", left(), err)
 	}
 	if r, err := c.Trash.PurgeTrash(ctx, message(&atollv1.PurgeTrashRequest{ExpiredBefore: soon})); err != nil || r.Msg.Removed != 0 {
@@ -178,17 +178,17 @@ func trash(t *testing.T, s *Server, c *api.Client) {
 	for hours := range 3 {
 		old[atoll.MediumID(hours+1)] = catalog.Trash{Removed: now.Add(-time.Duration(hours) * time.Hour), Expires: now.Add(time.Hour)}
 	}
-	for scarce, want := range map[bool][]atoll.MediumID{false: nil, true: {3}} {
-		if got := toPurge(old, now, scarce); !slices.Equal(got, want) {
-			t.Errorf("scarce %v: purged %v", scarce, got)
+	for early, want := range map[bool][]atoll.MediumID{false: nil, true: {3}} {
+		if got := toPurge(old, now, early); !slices.Equal(got, want) {
+			t.Errorf("early %v: purged %v", early, got)
 		}
 	}
 }
 
 // Room is scarce only when it has been for a while, and nothing is being deleted:
 // nodes tell late what a deletion has freed.
-func TestCrowding(t *testing.T) {
-	var c crowding
+func TestScarcity(t *testing.T) {
+	var c scarcity
 	now := time.Now()
 	for i, step := range []struct {
 		after    time.Duration
@@ -196,11 +196,11 @@ func TestCrowding(t *testing.T) {
 		deleting bool
 		want     bool
 	}{
-		{0, 0.75, false, false}, {time.Hour, 0.95, false, false}, {9 * time.Second, 0.85, false, false}, {time.Second, 0.85, false, true},
-		{time.Second, 0.99, true, false}, // the first one is on its way
-		{time.Second, 0.9, false, false}, // gone, and not reported yet
-		{time.Second, 0.75, false, false}, {9 * time.Second, 0.86, false, false}, {time.Second, 0.84, false, false},
-		{time.Second, 0.9, false, false}, {10 * time.Second, 0.9, false, true},
+		{0, 0.75, false, false}, {time.Hour, 0.95, false, false}, {9 * time.Second, 0.94, false, false}, {time.Second, 0.94, false, true},
+		{time.Second, 0.99, true, false},  // the first one is on its way
+		{time.Second, 0.95, false, false}, // gone, and not reported yet
+		{time.Second, 0.75, false, false}, {9 * time.Second, 0.95, false, false}, {time.Second, 0.93, false, false},
+		{time.Second, 0.95, false, false}, {10 * time.Second, 0.95, false, true},
 	} {
 		now = now.Add(step.after)
 		if got := c.lasts(now, step.used, step.deleting); got != step.want {

@@ -71,7 +71,7 @@ func (s *Server) serveAPI(context.Context, context.Context) error {
 	b := &backend{s: s}
 	o := api.Options{Backend: b, Token: s.home.token, Log: s.log, Mounts: s.mounts(b),
 		Metrics: promhttp.HandlerFor(s.reg, promhttp.HandlerOpts{})}
-	if s.opts.Demo {
+	if s.opts.Faults {
 		o.Demo = b
 	}
 	tcp, unix := api.NewHandlers(o)

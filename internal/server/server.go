@@ -32,7 +32,8 @@ import (
 type Options struct {
 	Log     *slog.Logger
 	Version string
-	Demo    bool // serve the calls that break nodes
+	Demo    bool // a throw-away cluster; implies Faults
+	Faults  bool // serve the calls that break nodes, for tests of clusters
 
 	offline bool // serve nobody: for CheckOffline
 }
@@ -106,6 +107,7 @@ type metrics struct {
 // Start starts a server and returns when it serves. ctx bounds the start. What
 // was begun is undone when it fails.
 func Start(ctx context.Context, cfg *Config, o Options) (s *Server, err error) {
+	o.Faults = o.Faults || o.Demo
 	s = &Server{cfg: cfg, opts: o, log: o.Log, reg: prometheus.NewRegistry(), started: time.Now(), failed: make(chan error, 8), stopping: make(chan struct{})}
 	s.newMetrics()
 	s.logins, s.tasks, s.neighbours = newLogins(), newTaskSet(), newNeighbours(s)
@@ -130,6 +132,9 @@ func Start(ctx context.Context, cfg *Config, o Options) (s *Server, err error) {
 		}
 	}
 	s.wg.Go(func() { s.watchSession(bg) })
+	if len(s.proxies) > 0 {
+		s.wg.Go(func() { s.learn(bg) })
+	}
 	if s.etcd != nil && !o.Demo && !o.offline {
 		s.wg.Go(func() { s.promote(bg) })
 	}

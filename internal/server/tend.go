@@ -24,11 +24,13 @@ const (
 	// tight is the part of the raw space in use from which closed volumes are
 	// compacted, careTime bounds a visit (another server that wants the volume
 	// waits a little longer than that), careEvery is the time between visits of
-	// one volume and careEvery/crowdedCare that in a crowded cluster.
+	// one volume and careEvery/crowdedCare that in a crowded cluster, where more
+	// than crowded is in use.
 	tight       = 0.7
 	careTime    = 4 * time.Second
 	careEvery   = 6 * time.Hour
 	crowdedCare = 36
+	crowded     = 0.85
 	// carePass is how many volumes one pass looks at.
 	carePass = 16
 )

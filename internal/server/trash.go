@@ -16,28 +16,29 @@ import (
 	"github.com/atollstore/atoll/internal/catalog"
 )
 
-// crowded is the part of the raw space in use from which the trash is emptied
-// before its time, and crowdedFor how long that must last: what nodes report lags
-// behind deletions, and a burst of writes holds room for a moment that it does not
-// need.
+// scarce is the part of the raw space in use from which the trash is emptied before
+// its time, and scarceFor how long that must last. Writers are held below it as long
+// as compaction can give room back, so above it only the trash can. What nodes report
+// lags behind deletions, and a burst of writes holds room for a moment that it does
+// not need.
 const (
-	crowded    = 0.85
-	crowdedFor = 10 * time.Second
+	scarce    = 0.94
+	scarceFor = 10 * time.Second
 )
 
-// crowding remembers since when the cluster is crowded while nothing is being
-// deleted that would give room back.
-type crowding struct{ since time.Time }
+// scarcity remembers since when room is scarce while nothing is being deleted that
+// would give some back.
+type scarcity struct{ since time.Time }
 
 // lasts notes what is seen now and reports whether the trash must give room back.
-func (c *crowding) lasts(now time.Time, used float64, deleting bool) bool {
+func (c *scarcity) lasts(now time.Time, used float64, deleting bool) bool {
 	switch {
-	case used < crowded || deleting:
+	case used < scarce || deleting:
 		c.since = time.Time{}
 	case c.since.IsZero():
 		c.since = now
 	}
-	return !c.since.IsZero() && now.Sub(c.since) >= crowdedFor
+	return !c.since.IsZero() && now.Sub(c.since) >= scarceFor
 }
 
 // trashNote is the note on what goes to the trash now.
@@ -311,8 +312,8 @@ func (b *backend) PurgeTrash(ctx context.Context, r *atollv1.PurgeTrashRequest) 
 }
 
 // toPurge decides what of the trash goes now: what is past its time, or else, when
-// room is scarce, the oldest.
-func toPurge(all map[atoll.MediumID]catalog.Trash, now time.Time, scarce bool) []atoll.MediumID {
+// something must go early, the oldest.
+func toPurge(all map[atoll.MediumID]catalog.Trash, now time.Time, early bool) []atoll.MediumID {
 	var purge []atoll.MediumID
 	var oldest atoll.MediumID
 	for id, t := range all {
@@ -323,7 +324,7 @@ func toPurge(all map[atoll.MediumID]catalog.Trash, now time.Time, scarce bool) [
 			oldest = id
 		}
 	}
-	if len(purge) == 0 && oldest != 0 && scarce {
+	if len(purge) == 0 && oldest != 0 && early {
 		purge = append(purge, oldest)
 	}
 	return purge
@@ -331,21 +332,21 @@ func toPurge(all map[atoll.MediumID]catalog.Trash, now time.Time, scarce bool) [
 
 // expireTrash purges what is past its time, and the oldest when room is scarce:
 // one at a time, since the room comes back only after its deletion.
-func (b *backend) expireTrash(ctx context.Context, now time.Time, c *crowding) error {
+func (b *backend) expireTrash(ctx context.Context, now time.Time, c *scarcity) error {
 	all, err := b.s.cat.TrashNotes(ctx)
 	if err != nil {
 		return err
 	}
 	b.s.noteTrash(all)
 	used, deleting := b.s.used(), false
-	if used >= crowded && len(all) > 0 {
+	if used >= scarce && len(all) > 0 {
 		if deleting, err = b.deleting(ctx); err != nil {
 			return err
 		}
 	}
-	scarce := c.lasts(now, used, deleting)
+	early := c.lasts(now, used, deleting)
 	var errs []error
-	for _, id := range toPurge(all, now, scarce) {
+	for _, id := range toPurge(all, now, early) {
 		m, err := b.s.cat.PurgeMedium(ctx, id)
 		if err != nil {
 			if !errors.Is(err, atoll.ErrNotExist) {
@@ -354,7 +355,7 @@ func (b *backend) expireTrash(ctx context.Context, now time.Time, c *crowding) e
 			continue
 		}
 		if expires := all[id].Expires; expires.After(now) {
-			*c = crowding{} // what is deleted now gives room back
+			*c = scarcity{} // what is deleted now gives room back
 			b.s.log.Warn("medium purged from the trash before its time: the cluster is nearly full", "medium", id, "name", m.Name, "expires", expires, "used", used)
 		} else {
 			b.s.log.Info("medium purged from the trash", "medium", id, "name", m.Name, "expires", expires)

@@ -116,7 +116,7 @@ func (v *volumeSet) find(ctx context.Context, name string) (catalog.Medium, erro
 		}
 	}
 	if errors.Is(err, atoll.ErrNotExist) {
-		return rec, api.WithHint(fmt.Errorf("volume %q: %w", name, atoll.ErrNotExist), `"atoll volume ls" lists the volumes, "atoll volume trash ls" what was removed`)
+		return rec, api.WithHint(fmt.Errorf("volume %q: %w", name, atoll.ErrNotExist), `"atoll volume ls" lists the volumes, "atoll volume trash ls" the removed ones`)
 	}
 	if err != nil {
 		return rec, fmt.Errorf("volume %q: %w", name, err)

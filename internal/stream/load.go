@@ -3,12 +3,14 @@ package stream
 import (
 	"sync/atomic"
 	"time"
+
+	"github.com/atollstore/atoll/internal/atoll"
 )
 
 // load is what a process knows of how fast a node answers its reads.
 type load struct {
 	reading atomic.Int64 // reads under way
-	average atomic.Int64 // of a read in nanoseconds, recent ones weigh most
+	average atomic.Int64 // of a small read in nanoseconds, recent ones weigh most
 	since   atomic.Int64 // when it answered last, or when the oldest of the reads under way began
 }
 
@@ -18,6 +20,10 @@ const (
 	stuckRead = 30 * time.Millisecond // without any answer
 	minHedge  = 2 * time.Millisecond
 	maxHedge  = 50 * time.Millisecond
+
+	// byteTime is what a byte of a read may take besides: many long reads at once
+	// take a disk that long, which does not make it a slow one.
+	byteTime = float64(time.Second) / (100 << 20)
 )
 
 // begin notes the start of a read and returns its time.
@@ -29,13 +35,14 @@ func (l *load) begin(epoch time.Time) time.Duration {
 	return now
 }
 
-// end notes the end of a read.
-func (l *load) end(epoch time.Time, began time.Duration) {
+// end notes the end of a read of so many bytes.
+func (l *load) end(epoch time.Time, began time.Duration, bytes int) {
 	now := time.Since(epoch)
 	l.reading.Add(-1)
 	l.since.Store(int64(now))
 	old := l.average.Load()
-	l.average.Store(old + (int64(now-began)-old)/8)
+	took := max(now-began-extra(bytes), 0)
+	l.average.Store(old + (int64(took)-old)/8)
 }
 
 // slow reports whether a read should be watched and hedged.
@@ -49,7 +56,11 @@ func (l *load) slow(epoch time.Time) bool {
 // cost orders nodes by how long a read is likely to take.
 func (l *load) cost() int64 { return (l.average.Load() + 1000) * (l.reading.Load() + 1) }
 
-// hedge returns how long to wait before asking another copy as well.
-func (l *load) hedge() time.Duration {
-	return min(max(3*time.Duration(l.average.Load()), minHedge), maxHedge)
+// hedge returns how long to wait for so many bytes before asking another copy as
+// well.
+func (l *load) hedge(bytes int) time.Duration {
+	return min(max(3*time.Duration(l.average.Load()), minHedge), maxHedge) + extra(bytes)
 }
+
+// extra is what a read may take because it is not of one block only.
+func extra(bytes int) time.Duration { return time.Duration(float64(bytes-atoll.BlockSize) * byteTime) }

@@ -109,7 +109,7 @@ func (n *Nodes) readFrom(ctx context.Context, p *peer, seg atoll.SegmentID, bloc
 	} else if err = p.node.Read(ctx, seg, block, dst); err == nil {
 		addSums(dst, sums)
 	}
-	p.load.end(n.epoch, began)
+	p.load.end(n.epoch, began, len(dst))
 	if err != nil {
 		if errors.Is(err, atoll.ErrCorrupt) {
 			n.repairSoon(repairJob{p.id, seg, block, atoll.BlockNo(len(dst) / atoll.BlockSize)})
@@ -144,7 +144,7 @@ func (n *Nodes) readAny(ctx context.Context, peers []*peer, seg atoll.SegmentID,
 		p := peers[asked]
 		asked++
 		waiting++
-		timer.Reset(p.load.hedge())
+		timer.Reset(p.load.hedge(len(dst)))
 		n.wg.Go(func() { answers <- n.readOwn(ctx, p, seg, block, len(dst)) })
 	}
 	for {

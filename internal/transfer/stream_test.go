@@ -186,6 +186,31 @@ func TestHistories(t *testing.T) {
 	}
 }
 
+// What was given back at either end of an image is in the diff.
+func TestDiffOfEnds(t *testing.T) {
+	for _, size := range []int64{5 << 20, 5<<20 + 1000} {
+		m := transfertest.New(size)
+		must(t, m.Write(bytes.Repeat([]byte{7}, int(size)), 0))
+		must(t, m.Snapshot("s1", false))
+		whole := exportDiff(t, m, transfer.Diff{To: "s1"})
+		must(t, m.Discard(0, 8192))
+		must(t, m.Discard(size-9192, 9192))
+		d := exportDiff(t, m, transfer.Diff{From: "s1"})
+		target := transfertest.New(0)
+		for _, stream := range [][]byte{whole, d} {
+			_, err := transfer.ImportDiff(t.Context(), target, bytes.NewReader(stream), transfer.ImportOptions{})
+			must(t, err)
+		}
+		want, err := m.Bytes("")
+		must(t, err)
+		got, err := target.Bytes("")
+		must(t, err)
+		if want[0] != 0 || want[size-1] != 0 || !bytes.Equal(got, want) {
+			t.Errorf("%d bytes: the copy differs", size)
+		}
+	}
+}
+
 // Two diffs merged do what both did.
 func TestMergedDiffs(t *testing.T) {
 	for seed := range uint64(rounds(60)) {

@@ -34,7 +34,7 @@ type conn struct {
 	id      uint64
 	peer    string
 	since   time.Time
-	raw     net.Conn // the socket; never changed
+	raw     *socket // never changed
 	tlsMode TLSMode
 	ctx     context.Context
 	cancel  context.CancelFunc
@@ -82,10 +82,11 @@ type conn struct {
 // newConn makes the state of a connection.
 func newConn(s *Server, nc net.Conn) *conn {
 	c := &conn{
-		s: s, id: s.nextID.Add(1), since: time.Now(), raw: nc, nc: nc, tlsMode: s.o.TLSMode,
+		s: s, id: s.nextID.Add(1), since: time.Now(), raw: newSocket(nc), tlsMode: s.o.TLSMode,
 		token: make(chan struct{}, 1), stopped: make(chan struct{}),
 		hurried: make(chan struct{}, 1), ended: make(chan struct{}),
 	}
+	c.nc = c.raw
 	if a := nc.RemoteAddr(); a != nil {
 		c.peer = a.Network() + ":" + a.String()
 	}
@@ -180,6 +181,7 @@ func (c *conn) transmit() error {
 		close(c.ended)
 	})
 	c.awaitEnd()
+	c.lone.close()
 	return c.err
 }
 
@@ -219,9 +221,7 @@ func (c *conn) work(leading bool) {
 			if !c.flushWatched() {
 				continue
 			}
-			if c.inFlight.Load() == 0 {
-				c.lone.await()
-			}
+			c.lone.await(c.inFlight.Load() == 0)
 		}
 		r, err := c.next()
 		if err != nil {
@@ -236,7 +236,7 @@ func (c *conn) work(leading bool) {
 			}
 			c.finishLater(r)
 			if leading = c.letGo(held); !leading {
-				c.lone.note(false)
+				c.lone.doubt()
 				c.flushReplies() // the new reader may be waiting for the client already
 			}
 			continue
@@ -302,7 +302,7 @@ func (c *conn) next() (*request, error) {
 			return nil, err
 		}
 	}
-	c.lone.note(c.inFlight.Add(1) == 1 && c.in.a == c.in.b)
+	c.lone.note(c.inFlight.Add(1) == 1 && c.in.a == c.in.b && (h.typ == cmdFlush || h.n <= inlineBytes))
 	c.requests.Add(1)
 	r.start = time.Now()
 	return r, nil

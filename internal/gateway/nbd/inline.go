@@ -52,7 +52,10 @@ func (p *pace) quick() bool { return p.credit.Load() >= quickRuns }
 
 // keeps reports whether the reader carries r out itself.
 func (c *conn) keeps(r *request) bool {
-	return r.typ <= cmdWrite && r.n <= inlineBytes && r.code == 0 && (c.paces[r.typ].quick() || c.lone.sure())
+	if r.code != 0 || r.n > inlineBytes {
+		return false
+	}
+	return r.typ <= cmdWrite && c.paces[r.typ].quick() || r.typ <= cmdFlush && c.lone.sure()
 }
 
 // hold begins something that may take longer than thought while its caller has

@@ -133,18 +133,17 @@ type replies struct {
 	flying *atomic.Int64 // requests whose reply is not out
 
 	// Owned by whoever writes.
-	nc     net.Conn
+	sock   *socket // one of the kernel's, or else nil
 	slices [][]byte
-	vec    net.Buffers
 	buf    *bufio.Writer // for connections that cannot gather
 	broken bool
 }
 
 func (o *replies) init(nc net.Conn, flying *atomic.Int64) {
-	o.nc, o.flying = nc, flying
-	switch nc.(type) {
-	case *net.TCPConn, *net.UnixConn:
-	default:
+	o.flying = flying
+	if s, ok := nc.(*socket); ok && s.kernel() {
+		o.sock = s
+	} else {
 		o.buf = bufio.NewWriterSize(nc, 64<<10)
 	}
 }
@@ -279,9 +278,7 @@ func (o *replies) write(list *request) {
 	for r := list; r != nil; r = r.next {
 		o.slices = append(o.slices, r.out...)
 	}
-	o.vec = o.slices
-	_, err := o.vec.WriteTo(o.nc)
-	o.broken = err != nil
+	o.broken = o.sock.send(o.slices) != nil
 	clear(o.slices)
 }
 

@@ -143,8 +143,8 @@ func (s *Server) accept(l net.Listener) {
 // ServeConn serves one connection that was made elsewhere and returns when it
 // has ended and nothing of it runs any more. It closes nc.
 func (s *Server) ServeConn(nc net.Conn) {
-	defer nc.Close()
 	c := newConn(s, nc)
+	defer c.raw.free()
 	defer c.cancel()
 	if !s.enter(c) {
 		return

@@ -36,8 +36,9 @@ type BackupOptions struct {
 // memory of writeback or not, and of those running what it keeps of each page is
 // from one of them. Durable on return. Its cost does not depend on the size:
 // writes through wait for about two appends; with writeback they go on, and the
-// call takes as long as a flush, for which discards wait. The map is written out afterwards (see
-// Settled); another Backup, Restore or Resize waits for that.
+// call takes as long as a flush, for which discards wait. The map is written out
+// afterwards (see Settled); Resize waits for that, and so does an event after too
+// many that are not settled yet.
 //
 // After an error that is not ErrExist, ErrInvalid or ErrTooLarge the version may
 // turn up when the volume is opened again.
@@ -179,7 +180,7 @@ func shutAndLog(ctx context.Context, jobs []*job) {
 	}
 	for _, j := range jobs {
 		if j.logged {
-			j.made = j.v.happen(&j.event, j.mark, j.target).v
+			j.made = j.v.happen(&j.event, j.mark, j.target)
 		}
 		if !j.doubt {
 			j.open()
@@ -295,8 +296,11 @@ func (j *job) begin(ctx context.Context) error {
 
 // allowed checks names, and gets the root that a restore needs.
 func (j *job) allowed(ctx context.Context) (err error) {
-	st := j.v.store.State()
+	st := j.v.state()
 	if n := j.event.Target; n != 0 {
+		if err := j.v.settledVersion(ctx, n); err != nil {
+			return err
+		}
 		p := st.Find(n)
 		if p == nil || p.Flags&medium.FlagDeleting != 0 {
 			return fmt.Errorf("version %d: %w", n, atoll.ErrNotExist)
@@ -349,10 +353,11 @@ func (j *job) end(ctx context.Context) {
 		j.v.unlockEvent()
 		return
 	}
-	j.v.hist.mu.Lock()
-	p := j.v.hist.pending
-	j.v.hist.mu.Unlock()
-	j.v.hist.settles <- p // there is room: only who holds the token sends
+	j.v.hist.unlock()
+	select {
+	case j.v.hist.wake <- struct{}{}:
+	default:
+	}
 }
 
 // disown deletes what was made though another of the group failed.
@@ -361,10 +366,12 @@ func (j *job) disown(ctx context.Context) {
 		return
 	}
 	j.v.hist.mu.Lock()
-	if p := j.v.hist.pending; p != nil && p.v.Number == j.event.Number {
-		p.v.Flags = p.v.Flags&^medium.FlagProtected | medium.FlagDeleting
-		j.v.hist.mu.Unlock()
-		return
+	for _, p := range j.v.hist.queue {
+		if p.v.Number == j.event.Number {
+			p.v.Flags = p.v.Flags&^medium.FlagProtected | medium.FlagDeleting
+			j.v.hist.mu.Unlock()
+			return
+		}
 	}
 	j.v.hist.mu.Unlock()
 	if err := j.v.deleteVersion(ctx, j.event.Number, true); err != nil && !errors.Is(err, atoll.ErrNotExist) {

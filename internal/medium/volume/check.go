@@ -174,6 +174,9 @@ func (v *Volume) Check(ctx context.Context) error {
 			return err
 		}
 		defer v.unlockEvent()
+		if err := v.Settled(ctx); err != nil {
+			return err
+		}
 	}
 	all := pageRange{0, maxPages}
 	if err := v.locks.lock(ctx, all); err != nil {

@@ -253,6 +253,7 @@ func (v *Volume) checkpointLocked(ctx context.Context, stop func() error) error 
 		// the log must be kept.
 		return fmt.Errorf("checkpoint volume %v: %w", v.id, err)
 	}
+	v.hist.doubt.Store(false)
 	v.checkpointed(begun, logged)
 	return nil
 }
@@ -294,7 +295,6 @@ func (v *Volume) finish(ver *version, root bool) {
 // checkpointed notes that replay begins anew at what was logged then.
 func (v *Volume) checkpointed(begun time.Time, logged int64) {
 	v.logBytes.Add(-logged)
-	v.hist.doubt.Store(false)
 	v.stats.checkpoints.Add(1)
 	v.opts.Metrics.checkpointed(time.Since(begun))
 	v.log.DebugContext(v.ctx, "map checkpoint written", "dur", time.Since(begun))

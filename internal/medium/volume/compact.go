@@ -48,7 +48,7 @@ func (v *Volume) compact(ctx context.Context, o atoll.Ordinal) (moved atoll.Bloc
 			}
 		}
 		v.hist.mu.Lock()
-		count, quiet := v.hist.count, v.hist.pending == nil && !v.hist.doubt.Load()
+		count, quiet := v.hist.count, len(v.hist.queue) == 0 && !v.hist.doubt.Load()
 		v.hist.mu.Unlock()
 		if !quiet {
 			continue
@@ -161,16 +161,53 @@ func (v *Volume) markVersion(ctx context.Context, c *contents, after horizon, p 
 	if err != nil {
 		return err
 	}
-	leaf := new(leafCache)
-	err = some(c.data, data, func(x *placed) error {
-		loc, err := r.find(ctx, pageNo(x.key), leaf)
-		x.live = x.at(loc)
-		return err
-	})
-	if err != nil {
+	if err := markData(ctx, c.data, r, data); err != nil {
 		return err
 	}
 	return markPages(ctx, c, r, page)
+}
+
+// aheadLeaves is how many leaves of a version are read at once.
+const aheadLeaves = 128
+
+// markData marks the data that r has; list is in the order of pages.
+func markData(ctx context.Context, list []placed, r *rooted, may func(*placed) bool) error {
+	leaf := new(leafCache)
+	var leaves []uint32
+	for len(list) > 0 {
+		leaves = leaves[:0]
+		n := 0
+		for ; n < len(list); n++ {
+			if x := &list[n]; x.live || !may(x) {
+				continue
+			}
+			li, k := pageNo(list[n].key).leafIdx(), len(leaves)
+			if k > 0 && leaves[k-1] == li {
+				continue
+			}
+			if k == aheadLeaves || k > 0 && leaves[0]>>leafBits != li>>leafBits {
+				break
+			}
+			leaves = append(leaves, li)
+		}
+		if len(leaves) > 1 {
+			nd, err := r.node(ctx, leaves[0]>>leafBits)
+			if err != nil {
+				return err
+			}
+			r.ahead(ctx, nd, leaves)
+		}
+		err := some(list[:n], may, func(x *placed) error {
+			loc, err := r.find(ctx, pageNo(x.key), leaf)
+			x.live = x.at(loc)
+			return err
+		})
+		if err != nil {
+			return err
+		}
+		list = list[n:]
+	}
+	return nil
 }
 
 func (v *Volume) gone(number uint64) bool {

@@ -1,6 +1,7 @@
 package volume
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -15,24 +16,29 @@ import (
 	"github.com/atollstore/atoll/internal/segment"
 )
 
+// maxPending bounds how many events may wait to be settled.
+const maxPending = 16
+
 // history is what a volume knows of its versions beyond the manifest. An event
 // is a backup or a restore: one record in the log. It is pending until it is
-// settled, that is, until its version is in the manifest; there is at most one.
+// settled, that is, until its version is in the manifest. Events are settled in
+// order, and the checkpoint token is held as long as there are any.
 type history struct {
-	sem     chan struct{} // holds a token from the begin of an event until it is settled
-	settles chan *pending // to the settler
+	sem     chan struct{} // holds a token while an event happens
+	wake    chan struct{} // tells the settler of pending events
 	doubts  chan *dubious // to the settler
 	waiting atomic.Int32  // events that wait for a checkpoint to end
 	// doubt: the record of an event may be in the log, though it was answered
 	// with an error. A checkpoint leaves it behind; no event may come before.
 	doubt atomic.Bool
 
-	mu      sync.Mutex
-	parent  uint64 // version that the present state grew from
-	event   uint64 // number of the last event
-	count   uint64 // events since Open, those in doubt too
-	pending *pending
-	holds   map[uint64]int // versions that are being read here
+	mu     sync.Mutex
+	parent uint64 // version that the present state grew from
+	event  uint64 // number of the last event
+	count  uint64 // events since Open, those in doubt too
+	queue  []*pending
+	keeps  int            // pending events, and one that happens: they share the checkpoint token
+	holds  map[uint64]int // versions that are being read here
 }
 
 // pending is an event that is not settled.
@@ -42,7 +48,7 @@ type pending struct {
 	mark   medium.Mark
 	target *rooted // restore: what the volume became
 	number uint64  // restore: number of that
-	logged int64
+	logged int64   // bytes of log since the event before
 	done   chan struct{}
 	lost   chan struct{} // closed when the next owner has to do it
 }
@@ -58,7 +64,7 @@ type dubious struct {
 }
 
 func (h *history) init() {
-	h.sem, h.settles, h.doubts = make(chan struct{}, 1), make(chan *pending, 1), make(chan *dubious, 1)
+	h.sem, h.wake, h.doubts = make(chan struct{}, 1), make(chan struct{}, 1), make(chan *dubious, 1)
 	h.holds = make(map[uint64]int)
 }
 
@@ -79,7 +85,7 @@ func (h *history) lock(ctx context.Context) error {
 
 func (h *history) unlock() { <-h.sem }
 
-// pass waits for the events that came before.
+// pass waits for the event that happens.
 func (h *history) pass(ctx context.Context) error {
 	if err := h.lock(ctx); err != nil {
 		return err
@@ -97,8 +103,9 @@ func (h *history) hold(number uint64, d int) {
 	}
 }
 
-// lockEvent waits for earlier events to settle and ends a checkpoint that is
-// running. unlockEvent, or the settler, gives back what it takes.
+// lockEvent lets one event happen at a time. When none is pending it ends a
+// checkpoint that is running. unlockEvent gives back what it takes; the token of
+// checkpoints goes to the settler if the event happens.
 func (v *Volume) lockEvent(ctx context.Context, what string) error {
 	if err := v.check(what, 0, 0, true); err != nil {
 		return err
@@ -108,13 +115,15 @@ func (v *Volume) lockEvent(ctx context.Context, what string) error {
 	if err := v.hist.lock(ctx); err != nil {
 		return err
 	}
-	if err := v.lockCheckpoint(ctx); err != nil {
+	if err := v.keep(ctx); err != nil {
 		v.hist.unlock()
 		return err
 	}
 	err := v.check(what, 0, 0, true)
 	if err == nil && v.hist.doubt.Load() {
-		err = v.checkpointLocked(ctx, nil)
+		if err = v.Settled(ctx); err == nil {
+			err = v.checkpointLocked(ctx, nil)
+		}
 	}
 	if err != nil {
 		v.unlockEvent()
@@ -122,9 +131,62 @@ func (v *Volume) lockEvent(ctx context.Context, what string) error {
 	return err
 }
 
+// keep takes a part in the checkpoint token, or the token, for an event.
+func (v *Volume) keep(ctx context.Context) error {
+	h := &v.hist
+	for {
+		h.mu.Lock()
+		if h.keeps == 0 {
+			h.mu.Unlock()
+			break
+		}
+		if len(h.queue) < maxPending {
+			h.keeps++
+			h.mu.Unlock()
+			return nil
+		}
+		p := h.queue[0]
+		h.mu.Unlock()
+		if err := v.await(ctx, p); err != nil {
+			return err
+		}
+	}
+	if err := v.lockCheckpoint(ctx); err != nil {
+		return err
+	}
+	h.mu.Lock()
+	h.keeps++
+	h.mu.Unlock()
+	return nil
+}
+
+// release gives back the part of one event in the checkpoint token.
+func (v *Volume) release() {
+	v.hist.mu.Lock()
+	v.hist.keeps--
+	last := v.hist.keeps == 0
+	v.hist.mu.Unlock()
+	if last {
+		<-v.ckpt
+	}
+}
+
 func (v *Volume) unlockEvent() {
-	<-v.ckpt
+	v.release()
 	v.hist.unlock()
+}
+
+// quiet reports whether every event is settled.
+func (h *history) quiet() bool { return h.first() == nil }
+
+// first returns the event to settle next, nil when there is none.
+func (h *history) first() *pending {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if len(h.queue) == 0 {
+		return nil
+	}
+	return h.queue[0]
 }
 
 // horizon tells which blocks come from a version of st, 0 for none.
@@ -148,18 +210,20 @@ func (v *Volume) State() medium.State { return v.state() }
 
 // state is the medium's with what is pending.
 func (v *Volume) state() medium.State {
-	var made medium.Version
 	v.hist.mu.Lock()
-	p, parent := v.hist.pending, v.hist.parent
-	if p != nil {
-		made = p.v
+	made := make([]medium.Version, len(v.hist.queue))
+	for i, p := range v.hist.queue {
+		made[i] = p.v
 	}
+	parent := v.hist.parent
 	v.hist.mu.Unlock()
 	st := v.store.State()
-	if p != nil && st.Find(made.Number) == nil {
-		i, _ := slices.BinarySearchFunc(st.Versions, made.Number, func(a medium.Version, n uint64) int { return int(int64(a.Number) - int64(n)) })
-		st.Versions = slices.Insert(st.Versions, i, made)
-		st.CurParent = parent
+	for _, m := range made {
+		if st.Find(m.Number) == nil {
+			i, _ := slices.BinarySearchFunc(st.Versions, m.Number, func(a medium.Version, n uint64) int { return cmp.Compare(a.Number, n) })
+			st.Versions = slices.Insert(st.Versions, i, m)
+			st.CurParent = parent
+		}
 	}
 	return st
 }
@@ -167,12 +231,35 @@ func (v *Volume) state() medium.State {
 // Settled waits until every version made before the call is in the manifest:
 // it can be cloned and read by others then.
 func (v *Volume) Settled(ctx context.Context) error {
+	var last *pending
 	v.hist.mu.Lock()
-	p := v.hist.pending
+	if n := len(v.hist.queue); n > 0 {
+		last = v.hist.queue[n-1]
+	}
+	v.hist.mu.Unlock()
+	if last == nil {
+		return nil
+	}
+	return v.await(ctx, last)
+}
+
+// settledVersion waits until a version is in the manifest, if it is pending.
+func (v *Volume) settledVersion(ctx context.Context, number uint64) error {
+	v.hist.mu.Lock()
+	i := slices.IndexFunc(v.hist.queue, func(p *pending) bool { return p.v.Number == number })
+	var p *pending
+	if i >= 0 {
+		p = v.hist.queue[i]
+	}
 	v.hist.mu.Unlock()
 	if p == nil {
 		return nil
 	}
+	return v.await(ctx, p)
+}
+
+// await waits until an event is settled, and so all before it.
+func (v *Volume) await(ctx context.Context, p *pending) error {
 	select {
 	case <-p.done:
 		return nil
@@ -187,7 +274,7 @@ func (v *Volume) Settled(ctx context.Context) error {
 
 // happen makes an event, whose record is durable at mark, be so in memory. No
 // change is between log and map. target is the map that a restore goes to.
-func (v *Volume) happen(e *event, mark medium.Mark, target *rooted) *pending {
+func (v *Volume) happen(e *event, mark medium.Mark, target *rooted) medium.Version {
 	at := atoll.MakeLocation(mark.Ordinal, mark.Block, 0)
 	h, m := &v.hist, v.pages
 	st := v.store.State()
@@ -195,18 +282,23 @@ func (v *Volume) happen(e *event, mark medium.Mark, target *rooted) *pending {
 	defer h.mu.Unlock()
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	used := m.t.total()
 	ver := m.t.freeze(v.size.Load())
-	p := &pending{ver: ver, mark: mark, target: target, number: e.Target, logged: v.logBytes.Load(), done: make(chan struct{}), lost: make(chan struct{})}
+	logged := v.logBytes.Load()
+	for _, q := range h.queue {
+		logged -= q.logged
+	}
+	p := &pending{ver: ver, mark: mark, target: target, number: e.Target, logged: logged, done: make(chan struct{}), lost: make(chan struct{})}
 	p.v = medium.Version{
 		Number: e.Number, Name: e.Name, Memo: e.Memo, Time: e.Time, Parent: h.parent, At: at, Seq: mark.Seq, Epoch: ver.epoch,
-		Size: ver.size, Used: (ver.mapped + ver.led.mapped) * atoll.BlockSize, Unique: -1, Flags: e.Flags, Props: e.Props,
+		Size: ver.size, Used: used * atoll.BlockSize, Unique: -1, Flags: e.Flags, Props: e.Props,
 	}
-	h.pending, h.event = p, e.Number
+	h.queue, h.event = append(h.queue, p), e.Number
 	h.count++
 	if target == nil {
 		m.t.led.held = horizon{at, ver.epoch}
 		h.parent = e.Number
-		return p
+		return p.v
 	}
 	t := newTree(0)
 	t.adopt(target.info, slices.Clone(target.tops))
@@ -219,7 +311,7 @@ func (v *Volume) happen(e *event, mark medium.Mark, target *rooted) *pending {
 	h.parent = e.Target
 	v.size.Store(target.info.Size)
 	v.era.Add(1)
-	return p
+	return p.v
 }
 
 // replayEvent does what the record of an event says, unless the root has it
@@ -248,9 +340,6 @@ func (v *Volume) replayEvent(ctx context.Context, r medium.Record) error {
 	if e.Number <= v.hist.event {
 		return nil
 	}
-	if p := v.hist.pending; p != nil {
-		return fmt.Errorf("version record %d at %d:%d after version %d, which is not settled: %w", r.Key, r.Seg, r.Block, p.v.Number, atoll.ErrCorrupt)
-	}
 	var target *rooted
 	if e.Target != 0 {
 		if target, err = v.source(ctx, e.Target); err != nil {
@@ -261,14 +350,23 @@ func (v *Volume) replayEvent(ctx context.Context, r medium.Record) error {
 	return nil
 }
 
-// settler brings events into the manifest, one after the other, and clears up
-// doubts.
+// settler brings events into the manifest, one after the other, and then clears
+// up doubts.
 func (v *Volume) settler() {
 	for {
+		if p := v.hist.first(); p != nil {
+			if !v.settle(p) {
+				return
+			}
+			continue
+		}
 		select {
-		case p := <-v.hist.settles:
-			v.settle(p)
+		case <-v.hist.wake:
 		case d := <-v.hist.doubts:
+			if !v.hist.quiet() { // events that came before it
+				v.hist.doubts <- d
+				continue
+			}
 			v.dispel(d)
 		case <-v.ctx.Done():
 			return
@@ -276,8 +374,8 @@ func (v *Volume) settler() {
 	}
 }
 
-// settle tries until it is done or the volume ends.
-func (v *Volume) settle(p *pending) {
+// settle tries until it is done, or the lease or the volume ends.
+func (v *Volume) settle(p *pending) bool {
 	begun := time.Now()
 	ok := v.persist("version not settled; will be tried again", func() error {
 		begun = time.Now()
@@ -287,8 +385,13 @@ func (v *Volume) settle(p *pending) {
 	case ok:
 		v.settled(p, begun)
 	case !v.store.Valid():
-		close(p.lost)
+		v.hist.mu.Lock()
+		for _, q := range v.hist.queue {
+			close(q.lost)
+		}
+		v.hist.mu.Unlock()
 	}
+	return ok
 }
 
 // dispel makes sure that what is in doubt did not happen. The checkpoint token
@@ -380,12 +483,12 @@ func (v *Volume) trySettle(ctx context.Context, p *pending) error {
 
 func (v *Volume) settled(p *pending, begun time.Time) {
 	v.finish(p.ver, true)
-	v.checkpointed(begun, p.logged)
 	v.hist.mu.Lock()
-	v.hist.pending = nil
+	v.checkpointed(begun, p.logged)
+	v.hist.queue = slices.Delete(v.hist.queue, 0, 1)
 	v.hist.mu.Unlock()
 	close(p.done)
-	v.unlockEvent()
+	v.release()
 	if p.target != nil {
 		v.recordSize()
 	}

@@ -206,12 +206,11 @@ func (d *histDisk) restore() {
 	if !ok {
 		return
 	}
-	no(d.m.t, d.v.Settled(d.m.t.Context()))
 	d.note("restore %d", n)
 	ctx, cancel := context.WithTimeout(d.m.t.Context(), time.Duration(1+d.m.rng.IntN(2000))*time.Millisecond)
 	defer cancel()
 	err := d.v.Restore(ctx, n)
-	if d.alt != nil && errors.Is(err, atoll.ErrTimeout) { // it waited for that to be known
+	if errors.Is(err, atoll.ErrTimeout) && !errors.Is(err, errMay) { // it waited for what came before
 		return
 	}
 	if !d.ok(err) {

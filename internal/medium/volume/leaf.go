@@ -139,7 +139,6 @@ func (l *leaf) eachOwn(fn func(slot int, loc atoll.Location)) {
 // a copy when l is whole, else an empty overlay.
 func (l *leaf) fork(epoch uint32) *leaf {
 	if !l.whole {
-		atoll.Assert(l.below == nil, "a frozen leaf over a frozen leaf")
 		return &leaf{birth: epoch, owed: true, below: l}
 	}
 	c := &leaf{birth: epoch, whole: true}

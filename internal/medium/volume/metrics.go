@@ -47,10 +47,7 @@ func (v *Volume) Stats() Stats {
 	}
 	v.pages.mu.Lock()
 	s.MapBytes, s.MapLoads = v.pages.t.mem, v.pages.loads
-	s.MappedBlocks = v.pages.t.mapped + v.pages.t.led.mapped
-	if f := v.pages.t.frozen; f != nil {
-		s.MappedBlocks += f.mapped
-	}
+	s.MappedBlocks = v.pages.t.total()
 	v.pages.mu.Unlock()
 	if v.wb != nil {
 		v.wb.mu.Lock()

@@ -148,7 +148,7 @@ func (v *Volume) removable(st *medium.State, p *medium.Version, may map[uint64]b
 // so that it does not matter what it does meanwhile.
 func (v *Volume) reapOld(ctx context.Context, may map[uint64]bool) (int, error) {
 	v.hist.mu.Lock()
-	count, settled := v.hist.count, v.hist.pending == nil
+	count, settled := v.hist.count, len(v.hist.queue) == 0
 	v.hist.mu.Unlock()
 	st := v.store.State()
 	if !settled {
@@ -268,6 +268,7 @@ func (v *Volume) reapParent(ctx context.Context, may map[uint64]bool) (int, erro
 	v.hist.mu.Lock()
 	v.hist.parent = p.Parent
 	v.hist.mu.Unlock()
+	v.hist.doubt.Store(false)
 	v.checkpointed(begun, logged)
 	v.log.InfoContext(ctx, "versions removed", "count", 1, "first", p.Number)
 	return 1, nil

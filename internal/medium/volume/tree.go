@@ -40,17 +40,17 @@ type topEntry struct {
 
 // tree is the map of a volume: pure memory, guarded by its owner.
 //
-// Every node and leaf carries the epoch of its last change. While a frozen
-// version is being written, what has an epoch up to shared belongs to that
-// version also and is copied before it is changed; versions share all the rest.
+// Every node and leaf carries the epoch of its last change. While frozen versions
+// wait to be written, what has an epoch up to shared belongs to the last of them
+// also and is copied before it is changed; versions share all the rest.
 type tree struct {
 	top    []topEntry
 	epoch  uint32
-	shared uint32  // nodes and leaves up to this epoch are shared; 0 = nothing is
-	led    *ledger // changes of liveness since the last frozen version
-	frozen *ledger // changes that the frozen version carries; nil without one
-	mapped int64   // pages mapped as of the last root
-	flat   bool    // no block of an ancestor is named
+	shared uint32     // nodes and leaves up to this epoch are shared; 0 = nothing is
+	led    *ledger    // changes of liveness since the last frozen version
+	frozen []*version // not written yet, oldest first
+	mapped int64      // pages mapped as of the last root
+	flat   bool       // no block of an ancestor is named
 
 	ring   []uint32 // leaves in memory, for eviction
 	hand   int
@@ -291,34 +291,49 @@ func (t *tree) installLeaf(li uint32, loc atoll.Location, base *leaf) bool {
 		t.ring = append(t.ring, li)
 		t.mem += base.mem()
 		return true
-	case l.below != nil:
-		if l.below.owed {
-			t.merge(l.below, base)
-		}
+	case l.below != nil || l.owed:
 		t.mem -= l.mem()
-		t.merge(l, l.below)
-		t.mem += l.mem()
-		return true
-	case l.owed:
-		t.mem -= l.mem()
-		t.merge(l, base)
+		t.pull(l, base)
 		t.mem += l.mem()
 		return true
 	}
 	return false
 }
 
+// pull merges what the log holds, and all that lies below, under a leaf.
+func (t *tree) pull(l, base *leaf) {
+	switch {
+	case l.below != nil:
+		t.pull(l.below, base)
+		t.merge(l, l.below)
+	case l.owed:
+		t.merge(l, base)
+	}
+}
+
 // ledgerOf returns where changes of what l references are counted.
 func (t *tree) ledgerOf(l *leaf) *ledger {
-	if l.birth <= t.shared {
-		return t.frozen
+	for _, v := range t.frozen {
+		if l.birth <= v.epoch {
+			return v.led
+		}
 	}
 	return t.led
+}
+
+// total returns how many pages are mapped.
+func (t *tree) total() int64 {
+	n := t.mapped + t.led.mapped
+	for _, v := range t.frozen {
+		n += v.led.mapped
+	}
+	return n
 }
 
 // merge slides b under u: what u does not know comes from b, and what of b is
 // overridden by u is no longer live.
 func (t *tree) merge(u, b *leaf) {
+	atoll.Assert(b.below == nil, "a leaf is merged that is not whole below")
 	led := t.ledgerOf(u)
 	if u.whole {
 		b.eachOwn(func(_ int, loc atoll.Location) { led.kill(loc) })
@@ -336,7 +351,7 @@ func (t *tree) merge(u, b *leaf) {
 			u.whole, u.set = true, nil
 		}
 	}
-	u.owed, u.below = b.owed, b.below
+	u.owed, u.below = b.owed, nil
 }
 
 // evict drops clean leaves that were not used lately while more than limit

@@ -36,8 +36,8 @@ type treeModel struct {
 	next    uint64
 	live    map[atoll.Ordinal]int // given out so far
 	mapped  int64
-	frozen  *version
-	frozenW []atoll.Location
+	frozen  []*version
+	frozenW [][]atoll.Location
 }
 
 func (m *treeModel) loc() atoll.Location {
@@ -118,21 +118,28 @@ func (m *treeModel) step() {
 	case 9:
 		m.tree.evict(int64(m.rng.IntN(100_000)))
 	case 10:
-		if m.frozen == nil {
-			m.frozen = m.tree.freeze(int64(len(m.want)) * atoll.BlockSize)
-			m.frozenW = append([]atoll.Location(nil), m.want...)
+		if len(m.frozen) < 4 {
+			m.freeze()
 		}
 	case 11:
 		m.write()
 	}
 }
 
-// write goes on with the frozen version: a leaf or node, the end, or giving up.
+func (m *treeModel) freeze() {
+	m.frozen = append(m.frozen, m.tree.freeze(int64(len(m.want))*atoll.BlockSize))
+	m.frozenW = append(m.frozenW, append([]atoll.Location(nil), m.want...))
+}
+
+func (m *treeModel) thaw() { m.frozen, m.frozenW = m.frozen[1:], m.frozenW[1:] }
+
+// write goes on with the oldest frozen version: a leaf or node, the end, or, when
+// it is the only one, giving up.
 func (m *treeModel) write() {
-	v := m.frozen
-	if v == nil {
+	if len(m.frozen) == 0 {
 		return
 	}
+	v := m.frozen[0]
 	for range 1 + m.rng.IntN(20) {
 		li, ok := v.nextDirty(0)
 		if !ok {
@@ -150,9 +157,9 @@ func (m *treeModel) write() {
 		}
 		m.tree.leafWritten(v, li, at)
 	}
-	if m.rng.IntN(8) == 0 {
+	if len(m.frozen) == 1 && m.rng.IntN(8) == 0 {
 		m.tree.abandon(v)
-		m.frozen = nil
+		m.thaw()
 		return
 	}
 	if _, more := v.nextDirty(0); more {
@@ -166,18 +173,18 @@ func (m *treeModel) write() {
 	v.led.each(func(o atoll.Ordinal, n int) { m.live[o] += n })
 	m.mapped += v.led.mapped
 	m.tree.finish(v, true)
-	m.frozen = nil
-	m.checkRoot(v)
+	m.checkRoot(v, m.frozenW[0])
+	m.thaw()
 }
 
 // checkRoot reads a version from the log alone and counts what it references.
-func (m *treeModel) checkRoot(v *version) {
+func (m *treeModel) checkRoot(v *version, want []atoll.Location) {
 	count := map[atoll.Ordinal]int{}
 	mapped := int64(0)
 	for ni, e := range v.top {
 		if e.loc == 0 {
-			for p := ni << nodeBits; p < min((ni+1)<<nodeBits, len(m.frozenW)); p++ {
-				if m.frozenW[p] != 0 {
+			for p := ni << nodeBits; p < min((ni+1)<<nodeBits, len(want)); p++ {
+				if want[p] != 0 {
 					m.t.Fatalf("page %d is lost from the root", p)
 				}
 			}
@@ -194,8 +201,8 @@ func (m *treeModel) checkRoot(v *version) {
 			for s := range fan {
 				p := ni<<nodeBits + k<<leafBits + s
 				loc, _ := l.get(s)
-				if p < len(m.frozenW) && loc != m.frozenW[p] {
-					m.t.Fatalf("page %d is at %v in the root, was %v when it was frozen", p, loc, m.frozenW[p])
+				if p < len(want) && loc != want[p] {
+					m.t.Fatalf("page %d is at %v in the root, was %v when it was frozen", p, loc, want[p])
 				}
 				if loc != 0 {
 					count[loc.Ordinal()]++
@@ -225,7 +232,7 @@ func (m *treeModel) memory() {
 				continue
 			}
 			sum += l.mem()
-			if l.dirty && (m.frozen == nil || l.birth > m.frozen.epoch) {
+			if n := len(m.frozen); l.dirty && (n == 0 || l.birth > m.frozen[n-1].epoch) {
 				dirty++
 			}
 		}
@@ -249,12 +256,11 @@ func TestTreeAgainstTable(t *testing.T) {
 				m.memory()
 			}
 		}
-		for m.frozen != nil {
+		for len(m.frozen) > 0 {
 			m.write()
 		}
-		m.frozen = m.tree.freeze(0)
-		m.frozenW = append([]atoll.Location(nil), m.want...)
-		for m.frozen != nil {
+		m.freeze()
+		for len(m.frozen) > 0 {
 			m.write()
 		}
 		m.read(0, pages)

@@ -148,10 +148,9 @@ func Open(ctx context.Context, s Store, o Options) (*Volume, error) {
 		v.wb = newWriteback(v)
 		v.wg.Go(v.wb.run)
 	}
-	if p := v.hist.pending; p != nil { // found in the log
-		v.hist.sem <- struct{}{}
+	if n := len(v.hist.queue); n > 0 { // found in the log
+		v.hist.keeps = n
 		v.ckpt <- struct{}{}
-		v.hist.settles <- p
 	}
 	if !o.ReadOnly {
 		v.wg.Go(v.checkpoints)
