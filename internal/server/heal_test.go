@@ -37,20 +37,34 @@ func memberOf(s *Server, id atoll.NodeID) (n, moves int) {
 	return n, moves
 }
 
-// wholeCopies fails unless every segment of every medium has the copies that its
-// copyset says, sealed and of one length, each of them on another node.
+// wholeCopies waits until every segment of every medium has the copies that its
+// copyset says, sealed and of one length, each of them on another node. Segments
+// may be on their way out meanwhile.
 func wholeCopies(t *testing.T, s *Server, copies int) {
 	t.Helper()
+	last := ""
+	defer func() {
+		if t.Failed() {
+			t.Log(last)
+		}
+	}()
+	eventually(t, "whole", func() bool {
+		last = unequal(t, s, copies)
+		return last == ""
+	})
+}
+
+// unequal tells what is not as wholeCopies wants it.
+func unequal(t *testing.T, s *Server, copies int) (what string) {
 	st := s.cat.State()
 	lists := map[atoll.SegmentID][]string{}
-	segs := 0
 	for id, n := range st.Nodes {
 		if !n.Up {
 			continue
 		}
 		list, err := s.nodes.ListNode(t.Context(), id, nil)
 		if err != nil {
-			t.Fatal(err)
+			return err.Error()
 		}
 		for _, c := range list {
 			if slices.Contains(st.Copysets[c.Seg.Copyset].Nodes, id) {
@@ -59,14 +73,14 @@ func wholeCopies(t *testing.T, s *Server, copies int) {
 		}
 	}
 	for seg, l := range lists {
-		segs++
 		if len(l) != copies || len(slices.Compact(l)) != 1 || strings.Contains(l[0], "damaged=true") {
-			t.Errorf("segment %v has copies %v", seg, l)
+			what += fmt.Sprintf("segment %v has copies %v; ", seg, l)
 		}
 	}
-	if segs == 0 {
-		t.Error("there is no segment at all")
+	if len(lists) == 0 {
+		return "there is no segment at all"
 	}
+	return what
 }
 
 // write fills a volume again and again until stop is closed; it returns how

@@ -109,9 +109,14 @@ func (n *Nodes) repair(j repairJob) error {
 	return target.Read(ctx, j.seg, j.block, buf.Bytes())
 }
 
-// sizeFor returns the size that a copy of a sealed segment is created with.
+// sizeFor returns the size that a copy of a sealed segment is created with: that
+// of the nodes' prewritten files, unless it is much shorter.
 func sizeFor(length atoll.BlockNo) atoll.BlockNo {
-	return max(length+segment.FooterBlocks(int(length), int(length)), atoll.SegmentBlocks)
+	size := length + segment.FooterBlocks(int(length), int(length))
+	if size <= atoll.SegmentBlocks/2 {
+		return max(size, 8)
+	}
+	return max(size, atoll.SegmentBlocks)
 }
 
 // copyBatches copies whole batches from one copy to another, from block at up to
