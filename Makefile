@@ -25,7 +25,7 @@ race:             ## the unit tests under the race detector
 
 # CHAOS_SEED=… draws the same faults again; CHAOS_FAULT="kill the owner" begins
 # every round with that one; CHAOS_DISK=/mnt/x puts the data there and not on
-# tmpfs; CHAOS_LOGS=/tmp/x keeps the servers' logs there.
+# tmpfs; CHAOS_LOGS=/tmp/x keeps the servers' logs there, of CHAOS_LOG_LEVEL.
 CHAOS_TIME ?= 1h
 chaos: packages   ## break a cluster in network namespaces for CHAOS_TIME (needs root)
 	CHAOS_TIME=$(CHAOS_TIME) $(GO) test -count=1 -timeout 0 -v -run TestLong ./e2e/chaos

@@ -272,7 +272,7 @@ func (s *server) rbdStreams() {
 		{"snap create img@s2 --no-progress", 0, "", ""},
 		{"diff img@s2 --from-snap 20260101", 0, "Offset   Length  Type\n1048576  12288   data\n", ""},
 		{"export-diff --from-snap 20260101 img@s2 DIR/d2 --no-progress", 0, "", ""},
-		{"export-diff --from-snap nope img@s2 DIR/d3", 2, "", "PROGRESS failed.\nrbd: export-diff error: (2) No such file or directory\n  → export diff: version \"nope\" of volume \"img\": does not exist\n"},
+		{"export-diff --from-snap nope img@s2 DIR/d3", 2, "", "PROGRESS failed.\nrbd: export-diff error: (2) No such file or directory\n  → version \"nope\" of volume \"img\": does not exist\n"},
 		{"create copy --size 1G", 0, "", ""},
 		{"import-diff DIR/d2 copy --no-progress", 22, "", "rbd: import-diff failed: (22) Invalid argument\n  → import diff: start snapshot '20260101' does not exist in the image, aborting: does not exist\n"},
 		{"import-diff DIR/d1 copy --no-progress", 0, "", ""},

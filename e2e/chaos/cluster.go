@@ -74,7 +74,7 @@ func (c *Cluster) join(ctx context.Context, name string, controller bool) error 
 		roles = "controller,node,gateway"
 	}
 	s.args = []string{"server", "--data", filepath.Join(s.dir, "d"), "--disk", s.Disk, "--roles", roles, "--host", name,
-		"--listen", s.API(), "--nbd", h.Addr + ":" + nbdPort, "--spare", "0", "--memory", "256M", "--log-level", "info"}
+		"--listen", s.API(), "--nbd", h.Addr + ":" + nbdPort, "--spare", "0", "--memory", "256M", "--log-level", logLevel()}
 	s.args = append(s.args, c.keys.serverFlags()...)
 	if len(c.Servers) > 0 {
 		first := c.Servers[0]
@@ -304,4 +304,12 @@ func (c *Cluster) Logs(w io.Writer, lines int) {
 	for _, s := range c.Servers {
 		fmt.Fprintf(w, "── log of server %s\n%s\n", s.Name, s.Tail(lines))
 	}
+}
+
+// logLevel is what the servers log.
+func logLevel() string {
+	if l := os.Getenv("CHAOS_LOG_LEVEL"); l != "" {
+		return l
+	}
+	return "info"
 }

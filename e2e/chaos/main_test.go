@@ -45,6 +45,9 @@ func TestMain(m *testing.M) {
 
 // enter builds the program and runs the tests inside a world.
 func enter() (int, error) {
+	if os.Getenv("CHAOS_DISK") == "" && memory() < 8<<30 {
+		os.Setenv("CHAOS_DISK", os.TempDir()) // tmpfs would need too much of it
+	}
 	dir, err := os.MkdirTemp(os.Getenv("CHAOS_DISK"), "atoll-chaos-")
 	if err != nil {
 		return 0, err
@@ -61,6 +64,18 @@ func enter() (int, error) {
 		return 0, err
 	}
 	return Enter(program, world)
+}
+
+// memory is how many bytes are available.
+func memory() (n int64) {
+	text, err := os.ReadFile("/proc/meminfo")
+	if err != nil {
+		return 0
+	}
+	if _, rest, ok := strings.Cut(string(text), "MemAvailable:"); ok {
+		_, _ = fmt.Sscan(rest, &n)
+	}
+	return n << 10
 }
 
 // touchSources looks at the program's sources, so that "go test" knows that the

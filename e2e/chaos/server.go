@@ -35,7 +35,7 @@ type Server struct {
 const (
 	apiPort   = "7400"
 	nbdPort   = "10809"
-	startTime = 90 * time.Second
+	startTime = 3 * time.Minute
 )
 
 // API returns where the server's API listens.

@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"github.com/atollstore/atoll/internal/atoll"
 	"github.com/atollstore/atoll/internal/gateway/blockdev"
@@ -100,7 +101,11 @@ func (d *powerDisk) unmount() {
 		d.mounted = false
 	}
 	// The kernel remembers the errors of a cut until its last flush.
-	if err := d.device.Detach(); err != nil && !errors.Is(err, atoll.ErrIO) {
+	err := d.device.Detach()
+	for begin := time.Now(); errors.Is(err, atoll.ErrBusy) && time.Since(begin) < bootTimeout; err = d.device.Detach() {
+		time.Sleep(100 * time.Millisecond)
+	}
+	if err != nil && !errors.Is(err, atoll.ErrIO) {
 		d.t.Error(err)
 	}
 	d.device = nil

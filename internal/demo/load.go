@@ -28,12 +28,12 @@ type load struct {
 		sync.Mutex
 		disk *transfer.NBD // nil while there is none
 	}
-	cancel  context.CancelFunc
-	wg      sync.WaitGroup
-	ops     atomic.Int64
-	last    atomic.Int64 // time of the last completion, nanoseconds since base
-	stall   atomic.Int64 // longest pause between completions
-	base    time.Time
+	cancel context.CancelFunc
+	wg     sync.WaitGroup
+	ops    atomic.Int64
+	last   atomic.Int64 // time of the last completion, nanoseconds since base
+	stall  atomic.Int64 // longest pause between completions
+	base   time.Time
 }
 
 // worker is one of the load's writers.
@@ -158,7 +158,10 @@ func (l *load) drop(d *transfer.NBD) {
 
 // close ends the connection.
 func (l *load) close() {
-	l.drop(l.mu.disk)
+	l.mu.Lock()
+	d := l.mu.disk
+	l.mu.Unlock()
+	l.drop(d)
 }
 
 // done notes a completion and the pause before it.

@@ -366,13 +366,14 @@ func (f *dirFile) writeIovecs(list []unix.Iovec, off int64, flags int) error {
 			return unix.EIO
 		}
 		off += int64(n)
-		list = advance(list, n)
+		list = Advance(list, n)
 	}
 	return nil
 }
 
-// advance drops the first n bytes of list.
-func advance(list []unix.Iovec, n int) []unix.Iovec {
+// Advance drops the first n bytes of list, which it changes, and returns the
+// rest. It is for what is left after a transfer that was cut short.
+func Advance(list []unix.Iovec, n int) []unix.Iovec {
 	for n > 0 {
 		size := int(list[0].Len)
 		if n < size {

@@ -8,6 +8,7 @@ import (
 
 	"github.com/atollstore/atoll/internal/atoll"
 	"github.com/atollstore/atoll/internal/host"
+	"github.com/atollstore/atoll/internal/segment"
 	"github.com/atollstore/atoll/internal/wire"
 )
 
@@ -151,5 +152,48 @@ func TestDirectRefused(t *testing.T) {
 	for _, w := range slices.Backward(nodes) {
 		w.(*Node).Abort()
 		refused("a node is stopped", nodes)
+	}
+}
+
+// ReadSums tells the checksums of what it read, from an open segment, a sealed
+// one of which nothing is in memory, and one whose index is; and no block that is
+// damaged.
+func TestReadSums(t *testing.T) {
+	fs := dirFS(t)
+	n := openNode(t, fs)
+	id := testSeg(1)
+	must(t, n.Create(bg(), id, 1, atoll.SegmentBlocks))
+	w := newWriter(id, 1)
+	for range 600 { // more than one block of the footer tells of
+		must(t, w.append(n, 1))
+	}
+	check := func() {
+		t.Helper()
+		buf := host.Alloc(300 * atoll.BlockSize)
+		defer buf.Release()
+		sums := make([]uint32, 300)
+		must(t, n.ReadSums(bg(), id, 900, buf.Bytes(), sums))
+		for i, sum := range sums {
+			if sum != segment.CRC(buf.Bytes()[i*atoll.BlockSize:][:atoll.BlockSize]) {
+				t.Fatalf("checksum %d is another", i)
+			}
+		}
+	}
+	check()
+	must(t, n.Seal(bg(), id, 1, w.at))
+	n.indexes.forget(id)
+	check()
+	if _, err := n.Index(bg(), id, 0, 1); err != nil { // loads all of it
+		t.Fatal(err)
+	}
+	check()
+	f, err := fs.Open(segmentPath(id))
+	must(t, err)
+	_, err = f.WriteAt(make([]byte, atoll.BlockSize), 1001*atoll.BlockSize)
+	must(t, errors.Join(err, f.Close()))
+	buf := host.Alloc(300 * atoll.BlockSize)
+	defer buf.Release()
+	if err := n.ReadSums(bg(), id, 900, buf.Bytes(), make([]uint32, 300)); !errors.Is(err, atoll.ErrCorrupt) {
+		t.Errorf("read of a damaged block: %v", err)
 	}
 }

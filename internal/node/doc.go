@@ -14,7 +14,8 @@
 // The life of an append: Append verifies the batch in the caller's goroutine
 // and queues it; the commit loop, one for the disk, takes all that is queued,
 // judges each batch against its segment's tail (tail.go, pure), writes one run
-// for each segment, makes all durable, and then answers all in one pass.
+// for each segment, makes all durable, and then answers all in one pass. A sender
+// with nothing else to do may take the loop's turn and do so itself (Direct).
 //
 // Crash rules, cited by number in the code:
 //

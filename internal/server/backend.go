@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sort"
 	"strings"
 	"time"
@@ -161,7 +162,7 @@ func (c *Config) Settings() []Setting {
 }
 
 // Diagnose implements api.Backend.
-func (b *backend) Diagnose(context.Context) ([]*atollv1.Finding, error) {
+func (b *backend) Diagnose(ctx context.Context) ([]*atollv1.Finding, error) {
 	st := b.s.cat.State()
 	health := controller.Health(st)
 	level := map[controller.Grade]string{controller.Healthy: "ok", controller.Degraded: "warn", controller.Critical: "fail"}[health.Grade]
@@ -180,6 +181,12 @@ func (b *backend) Diagnose(context.Context) ([]*atollv1.Finding, error) {
 	}
 	if n := b.s.home.identity.Member().Expires(); time.Until(n) < 30*24*time.Hour {
 		out = append(out, &atollv1.Finding{Level: "warn", What: "this server's certificate ends on " + n.Format(time.DateOnly), Fix: "restart it: it renews at start"})
+	}
+	if users, err := b.s.cat.Users(ctx); err != nil {
+		return nil, err
+	} else if b.s.curveTrusts() && slices.ContainsFunc(users, func(u catalog.User) bool { return u.Hash != "" }) {
+		out = append(out, &atollv1.Finding{Level: "warn", What: "users have passwords, but clients of Curve are believed who they say they are",
+			Fix: "--curve-auth strict, unless all who reach " + b.s.cfg.Listen + " may act as any user"})
 	}
 	return out, nil
 }

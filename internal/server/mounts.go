@@ -23,7 +23,7 @@ func (s *Server) mounts(b *backend) []api.Mount {
 	}
 	g := curve.New(o)
 	var tcp http.Handler = g
-	if s.cfg.CurveAuth == "strict" || s.cfg.CurveAuth == "" && !loopback(s.cfg.Listen) {
+	if !s.curveTrusts() {
 		tcp = g.Strict()
 	}
 	var out []api.Mount
@@ -31,6 +31,11 @@ func (s *Server) mounts(b *backend) []api.Mount {
 		out = append(out, api.Mount{Path: path, TCP: tcp, Unix: g})
 	}
 	return out
+}
+
+// curveTrusts reports whether Curve's clients on TCP are believed who they are.
+func (s *Server) curveTrusts() bool {
+	return s.cfg.CurveAuth == "trust" || s.cfg.CurveAuth == "" && loopback(s.cfg.Listen)
 }
 
 // newID draws an id for something that lives for a while, such as an import.

@@ -256,6 +256,10 @@ func TestLogin(t *testing.T) {
 			t.Errorf("tasks %v %v, want %v", l, err, kind)
 		}
 	}
+	doctor, err := carol.Cluster.Diagnose(ctx, message(&atollv1.DiagnoseRequest{}))
+	if err != nil || !slices.ContainsFunc(doctor.Msg.Findings, func(f *atollv1.Finding) bool { return strings.Contains(f.Fix, "--curve-auth strict") }) {
+		t.Errorf("doctor says nothing of Curve's door: %v %v", doctor, err)
+	}
 	if _, err := carol.Volumes.DeleteVolume(ctx, message(&atollv1.DeleteVolumeRequest{Name: "disk"})); err != nil {
 		t.Error(err)
 	}

@@ -30,6 +30,15 @@ func (n instantNode) Seal(context.Context, atoll.SegmentID, atoll.Epoch, atoll.B
 
 func (n instantNode) Read(context.Context, atoll.SegmentID, atoll.BlockNo, []byte) error { return nil }
 
+// readyNode is one whose appends the sender carries out.
+type readyNode struct{ instantNode }
+
+func (readyNode) Direct([]wire.Node, []wire.Append) wire.Round { return readyRound{} }
+
+type readyRound struct{}
+
+func (readyRound) Run() {}
+
 func instantWriter(t testing.TB) (*fakeCluster, *Writer) {
 	c := newFakeCluster(t, 3)
 	for id, n := range c.nodes {
@@ -62,6 +71,16 @@ func TestNoAllocs(t *testing.T) {
 	run()
 	if n := hosttest.Allocs(3000, run); n >= 1 {
 		t.Errorf("an append allocates %v times", n)
+	}
+	for id, n := range c.nodes {
+		c.view.AddLocal(id, readyNode{instantNode{n}})
+	}
+	if err := w.Roll(ctx); err != nil { // the next segment has the new nodes
+		t.Fatal(err)
+	}
+	run()
+	if n := hosttest.Allocs(3000, run); n >= 1 {
+		t.Errorf("an append that its sender carries out allocates %v times", n)
 	}
 	read := func() {
 		if err := c.view.Read(ctx, e.Seg(), 1, buf.Bytes()); err != nil {

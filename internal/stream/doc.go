@@ -7,6 +7,9 @@
 // that all copies acknowledged, goes on in the next segment on healthy nodes,
 // and sends again what was not acknowledged.
 //
+// A goroutine of the writer's does the work, or the appender's own while appends
+// come one by one (direct.go).
+//
 // Recover is what a new owner runs over the segments that the old one left
 // unsealed: it fences all copies, finds the length that holds every
 // acknowledged byte, completes the copies that answered, and seals them.

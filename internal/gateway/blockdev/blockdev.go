@@ -17,6 +17,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -49,6 +50,8 @@ type Attached struct {
 	server *fuse.Server
 	once   sync.Once
 	err    error
+	let    atomic.Bool // the block device is no longer ours
+	gone   atomic.Bool // nor is the mount there
 }
 
 // Attach serves dev as a block device with the given logical sector size. dir is
@@ -122,7 +125,7 @@ func (a *Attached) setLoop(path string, sectorBytes int, readOnly bool) error {
 // then tells. Later calls return the first call's result unless that was
 // ErrBusy.
 func (a *Attached) Detach() error {
-	if mounted(a.Path) {
+	if !a.let.Load() && mounted(a.Path) {
 		return fmt.Errorf("detach %s: a file system on it is mounted: %w", a.Path, atoll.ErrBusy)
 	}
 	a.once.Do(func() {
@@ -131,19 +134,30 @@ func (a *Attached) Detach() error {
 		}
 		// With autoclear the loop device ends when its last user closes it.
 		err := unix.IoctlSetInt(int(a.loop.Fd()), unix.LOOP_CLR_FD, 0)
-		a.err = errors.Join(a.err, err, a.loop.Close(), a.unmount())
+		a.err = errors.Join(a.err, err, a.loop.Close())
+		a.let.Store(true)
 	})
+	if err := a.unmount(); err != nil {
+		return errors.Join(a.err, err)
+	}
 	return a.err
 }
 
 // Wait returns when the mount has ended.
 func (a *Attached) Wait() { a.server.Wait() }
 
-// unmount ends the private mount; the kernel may need a moment to let go.
+// unmount ends the private mount if it is there still; the kernel may need some
+// time to let go, for what looks at every new device, for example, or while what
+// the device held back goes to a disk that is slow. Nothing calls it twice at one
+// time but by mistake, and then the mount ends once.
 func (a *Attached) unmount() error {
+	if a.gone.Load() {
+		return nil
+	}
 	var err error
-	for range 100 {
+	for range 600 {
 		if err = a.server.Unmount(); err == nil {
+			a.gone.Store(true)
 			return nil
 		}
 		<-time.After(50 * time.Millisecond)

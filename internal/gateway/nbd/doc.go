@@ -15,7 +15,9 @@
 // call. So a lone request never changes goroutines, and many at once share
 // system calls. While the device answers at the speed of memory (inline.go), or
 // the client has one request in flight at a time (lone.go), the reader does not
-// even pass the token on. Request structs and buffers are pooled.
+// even pass the token on; with a lone client it waits for the next request in its
+// own thread, the socket off the runtime's poller (socket.go). Request structs and
+// buffers are pooled.
 //
 // # Versions
 //

@@ -21,6 +21,10 @@ const (
 	loneAgain = 8
 	// loneWait is how long a thread waits for the next request.
 	loneWait = 1e6 // nanoseconds
+	// loneRest is how many requests at most must come before the socket is taken
+	// off the poller again; twice as many after each pause, since that costs some
+	// twenty system calls.
+	loneRest = 4096
 )
 
 // loner foretells whether a client has one request in flight at a time.
@@ -28,6 +32,10 @@ type loner struct {
 	sock   *socket       // nil where the kernel has none
 	credit atomic.Int32  // requests that came alone
 	others *atomic.Int32 // connections of the server that are off the poller
+
+	// Of the reader.
+	runs int // requests that came since the socket was taken off or put back
+	rest int // how many must come before it is taken off
 }
 
 func (l *loner) init(nc any, others *atomic.Int32) {
@@ -70,13 +78,24 @@ func (l *loner) await(idle bool) {
 		}
 		return
 	}
-	if !idle || !off && !l.begin() {
+	if !idle {
 		return
 	}
-	if !l.sock.await(unix.Timespec{Nsec: loneWait}) {
-		l.doubt()
-		l.end()
+	if l.runs++; !off {
+		if l.runs < l.rest || !l.begin() {
+			return
+		}
+		l.runs = 0
 	}
+	if l.sock.await(unix.Timespec{Nsec: loneWait}) {
+		if l.runs > loneRest {
+			l.runs, l.rest = 0, l.rest/2
+		}
+		return
+	}
+	l.runs, l.rest = 0, min(max(2*l.rest, loneRuns), loneRest)
+	l.doubt()
+	l.end()
 }
 
 // begin takes the socket off the poller, unless another connection's is.

@@ -10,6 +10,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/atollstore/atoll/internal/host"
 )
 
 // socket is an accepted connection that its reader can take off the runtime's
@@ -202,7 +204,7 @@ func sendVec(fd int, list []unix.Iovec) error {
 		n, _, errno := unix.Syscall(unix.SYS_WRITEV, uintptr(fd), uintptr(unsafe.Pointer(&list[0])), uintptr(min(len(list), maxIovecs)))
 		switch errno {
 		case 0:
-			list = advance(list, int(n))
+			list = host.Advance(list, int(n))
 		case unix.EAGAIN:
 			pollFor(fd, unix.POLLOUT, nil)
 		case unix.EINTR:
@@ -211,20 +213,6 @@ func sendVec(fd int, list []unix.Iovec) error {
 		}
 	}
 	return nil
-}
-
-// advance drops the first n bytes of list.
-func advance(list []unix.Iovec, n int) []unix.Iovec {
-	for n > 0 {
-		size := int(list[0].Len)
-		if n < size {
-			list[0].Base = (*byte)(unsafe.Add(unsafe.Pointer(list[0].Base), n))
-			list[0].SetLen(size - n)
-			break
-		}
-		n, list = n-size, list[1:]
-	}
-	return list
 }
 
 // pollFor waits until something happens to fd, nil for as long as it takes, and

@@ -57,8 +57,10 @@
 //	V5  A flush returns nil only when every write acknowledged before it is in
 //	    the log. A flush that failed never turns into one that did not, unless
 //	    the pages are kept and were written after all (no space, busy).
-//	V6  At most one event (backup, restore) is in the log and not in a manifest,
-//	    and none after one of which that is not known: a checkpoint comes first.
+//	V6  Events (backups, restores) enter manifests in the order of the log; a few
+//	    may be in the log only. None comes after one of which it is not known
+//	    whether it is there: a checkpoint comes first. When that is a restore, or
+//	    a resize, nothing at all comes before that checkpoint.
 //	V7  A version goes only when it is marked in a durable manifest, nothing pins
 //	    or reads it, and at most one line goes on from it: two could share what
 //	    no common version has.
@@ -72,7 +74,8 @@
 //
 // # Locks
 //
-// Event token (history.sem), checkpoint token, range lock, gates, commit token;
+// Event token (history.sem), checkpoint token (which pending events share), range
+// lock, gates, the line for room (writeback.line), commit token;
 // then, for memory work only: history.mu, flush state (writeback.mu), map
 // (pageMap.mu), a cache shard. Events of several volumes take them in the order
 // of the media's ids.

@@ -16,8 +16,8 @@ import (
 // is enough, the stock, is a few segments for what is on its way and a part of
 // the disk. Everything follows from how much of the stock is there:
 //
-//	above 1.25  segments of which half is dead are compacted now and then
-//	below 1.25  the best segment is compacted, whatever it is, one after the other;
+//	above 1.05  segments of which half is dead are compacted now and then
+//	below 1.05  the best segment is compacted, whatever it is, one after the other;
 //	            checkpoints come sooner, since what was overwritten counts as dead
 //	            only after one
 //	below 1     writers are slowed: at three quarters of the stock to the speed at
@@ -26,7 +26,7 @@ const (
 	stockSegments = 8
 	stockShare    = 50 // 1/50 of the disk
 	stockMost     = 6  // and in all no more than 1/6 of it
-	stockClean    = 1.25
+	stockClean    = 1.05
 	stockPace     = 1
 	stockHeld     = 0.75
 
@@ -37,11 +37,15 @@ const (
 	easyShare = 4
 	hardUsed  = 0.75
 	easyRest  = 10 * time.Second
+	// lateShare is the part of the stock that may be on its way back, and lateRest
+	// how long to wait for it.
+	lateShare = 4
+	lateRest  = 5 * time.Millisecond
 	// hardRest is when to look again for something to compact.
 	hardRest = 100 * time.Millisecond
 	// leastDead and mostDead are the part of a segment that must be dead when
 	// there is nothing left of the stock, and when all of it is there.
-	leastDead = 0.05
+	leastDead = 0.1
 	mostDead  = 0.2
 
 	// urgentBytes of log start a checkpoint when space is getting short, or a
@@ -80,15 +84,20 @@ func (r *reclaimer) init() {
 type stock struct {
 	medium.Room
 	part float64 // of what should be there: 1 or more is enough
+	soon float64 // the same when all that is compacted already has come back
+	late bool    // much of that has not come back, and copying more only takes room
 }
 
 // stockOf judges a room. Where nothing is known there is enough.
 func stockOf(r medium.Room) stock {
 	if r.Total == 0 {
-		return stock{r, 2 * stockClean}
+		return stock{Room: r, part: 2 * stockClean, soon: 2 * stockClean}
 	}
 	want := min(stockSegments*r.Segment+r.Total/stockShare, r.Total/stockMost)
-	return stock{r, float64(r.Free+r.Open+r.Coming/2) / float64(max(want, 1))}
+	s := stock{Room: r, late: r.Coming > want/lateShare}
+	part := func(bytes int64) float64 { return float64(bytes) / float64(max(want, 1)) }
+	s.part, s.soon = part(r.Free+r.Open+r.Coming/2), part(r.Free+r.Open+r.Coming)
+	return s
 }
 
 // used returns how full it is, 0 to 1.
@@ -97,14 +106,14 @@ func (s stock) used() float64 {
 }
 
 // clean reports whether something has to be compacted now.
-func (s stock) clean() bool { return s.part < stockClean }
+func (s stock) clean() bool { return s.soon < stockClean }
 
 // dead returns the part of a segment that must be dead to be compacted.
 func (s stock) dead() float64 {
 	if !s.clean() {
 		return easyDead
 	}
-	return leastDead + (mostDead-leastDead)*min(max(s.part, 0), 1)
+	return leastDead + (mostDead-leastDead)*min(max(s.soon, 0), 1)
 }
 
 func (v *Volume) kickReclaim() {
@@ -116,8 +125,15 @@ func (v *Volume) kickReclaim() {
 	}
 }
 
-// gauge looks how much space there is, and acts on it.
-func (v *Volume) gauge() stock {
+// gauge looks how much space there is, and has what is needed done.
+func (v *Volume) gauge() {
+	if v.look().clean() {
+		v.kickReclaim()
+	}
+}
+
+// look looks how much space there is, for writers and checkpoints.
+func (v *Volume) look() stock {
 	s := stockOf(v.store.Room())
 	v.reclaim.looked.Store(time.Now().UnixNano())
 	v.reclaim.logged.Store(0)
@@ -126,7 +142,6 @@ func (v *Volume) gauge() stock {
 	switch {
 	case s.clean():
 		v.reclaim.urgent.Store(max(urgentBytes, s.Total/urgentShare))
-		v.kickReclaim()
 		v.kickCheckpoint()
 	case v.store.Waiting() > v.opts.CheckpointBytes:
 		v.kickCheckpoint()
@@ -158,7 +173,7 @@ func (v *Volume) compactor(first bool) {
 			return
 		}
 		for v.ctx.Err() == nil {
-			s := v.gauge()
+			s := v.look()
 			hurry := s.clean() || v.reclaim.short.Load()
 			if rest := time.Until(next); rest > 0 && (!hurry || rest <= hardRest) || !hurry && !first {
 				timer.Reset(max(rest, hardRest))
@@ -172,6 +187,9 @@ func (v *Volume) compactor(first bool) {
 // compactOne compacts one segment, if one is worth it, and returns how long to
 // rest.
 func (v *Volume) compactOne(ctx context.Context, s stock, hurry bool) time.Duration {
+	if s.late {
+		return lateRest
+	}
 	begun := time.Now()
 	victim, ok := v.reclaim.choose(v.store.Victims(8), s.dead())
 	switch {

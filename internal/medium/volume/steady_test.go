@@ -14,12 +14,12 @@ import (
 
 // A volume that fills 60 % of a disk of about as many segments as disks have at
 // least is overwritten at random places: everything that is written for a byte,
-// with headers, map pages and manifests, stays in bounds, nothing fails, and no
-// write waits long. It is counts that are compared; the time is the bubble's.
+// with headers, map pages and manifests, stays in bounds, and nothing fails. It is
+// counts that are compared; time is the bubble's, in which disks take none.
 func TestAmplification(t *testing.T) {
 	const (
-		segment = 2*(atoll.MaxBatchBlocks+1) + 6
-		limit   = 90 * segment * atoll.BlockSize
+		segment = atoll.MaxBatchBlocks + 8
+		limit   = 192 * segment * atoll.BlockSize
 		size    = limit * 6 / 10 / (1 << 20) << 20
 		pages   = size / atoll.BlockSize
 	)
@@ -53,12 +53,12 @@ func TestAmplification(t *testing.T) {
 				}
 			}
 		}
-		overwrite(pages) // until the disk is full of what may be dead
+		overwrite(pages * 3 / 4) // until the disk is full of what may be dead
 		before, moved := med.Stats().Written, med.Stats().Moved
 		worst = 0
-		overwrite(pages * 3 / 2)
+		overwrite(pages)
 		no(t, v.Flush(t.Context()))
-		user := float64(pages * 3 / 2 * atoll.BlockSize)
+		user := float64(pages * atoll.BlockSize)
 		got := float64(med.Stats().Written-before) / user
 		t.Logf("%d segments; %.2f written for one, %.2f of it moved; %.2f in use; slowest write %v; %+v",
 			int64(limit)/segment/atoll.BlockSize, got, float64(med.Stats().Moved-moved)/user, c.Used(), worst, med.Room())
@@ -67,9 +67,6 @@ func TestAmplification(t *testing.T) {
 		}
 		if c.Used() < 0.8 {
 			t.Errorf("only %.2f of the disk is in use: reclaim does not wait until it has to", c.Used())
-		}
-		if worst > time.Second {
-			t.Errorf("a write took %v", worst)
 		}
 		no(t, v.Check(t.Context()))
 		no(t, v.Close(t.Context()))
