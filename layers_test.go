@@ -29,6 +29,7 @@ var layers = map[string]int{
 
 	"internal/medium":     5,
 	"internal/controller": 5,
+	"internal/heal":       5,
 
 	"internal/medium/pebblefs": 6,
 	"internal/medium/volume":   6,

@@ -22,6 +22,7 @@ import (
 type Backend interface {
 	Status(ctx context.Context) (*atollv1.GetStatusResponse, error)
 	Nodes(ctx context.Context) ([]*atollv1.Node, error)
+	SetNode(ctx context.Context, req *atollv1.SetNodeRequest) (*atollv1.Node, error)
 	Config(ctx context.Context) ([]*atollv1.Setting, error)
 	Diagnose(ctx context.Context) ([]*atollv1.Finding, error)
 	CreateToken(ctx context.Context, ttl time.Duration) (token string, expires time.Time, err error)

@@ -26,6 +26,10 @@ func (s clusterService) ListNodes(ctx context.Context, _ *connect.Request[atollv
 	return reply(&atollv1.ListNodesResponse{Nodes: nodes}, err)
 }
 
+func (s clusterService) SetNode(ctx context.Context, r *connect.Request[atollv1.SetNodeRequest]) (*connect.Response[atollv1.Node], error) {
+	return reply(s.b.SetNode(ctx, r.Msg))
+}
+
 func (s clusterService) GetConfig(ctx context.Context, _ *connect.Request[atollv1.GetConfigRequest]) (*connect.Response[atollv1.GetConfigResponse], error) {
 	settings, err := s.b.Config(ctx)
 	return reply(&atollv1.GetConfigResponse{Settings: settings}, err)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"sync"
 	"testing"
@@ -147,7 +148,7 @@ func catNodes(t *testing.T, p pair) {
 		t.Fatal(err)
 	}
 	waitState(t, p.a, func(s *State) bool {
-		return !s.Nodes[2].Up && s.Nodes[2].Report == NodeReport{} && len(s.Processes) == 1
+		return !s.Nodes[2].Up && reflect.DeepEqual(s.Nodes[2].Report, NodeReport{}) && len(s.Processes) == 1
 	})
 	wantErr(t, p.b.ReportNode(p.ctx, sb, 2, NodeReport{Full: true}), atoll.ErrFenced)
 	moved := must(p.a.RegisterNode(p.ctx, sa, disk(2)))(t)

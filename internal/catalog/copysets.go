@@ -85,7 +85,7 @@ func (c *Catalog) newCopyset(ctx context.Context, set Copyset, lastRev int64) (C
 }
 
 // RetireCopyset says whether a copyset takes no new segments. What it holds
-// stays where it is. ErrNotExist.
+// stays where it is. ErrNotExist; ErrBusy while a member is being replaced.
 func (c *Catalog) RetireCopyset(ctx context.Context, id atoll.CopysetID, retired bool) (Copyset, error) {
 	ctx, done := bound(ctx)
 	defer done()
@@ -115,6 +115,9 @@ func (c *Catalog) retire(ctx context.Context, id atoll.CopysetID, retired bool) 
 		return Copyset{}, false, err
 	}
 	set.Rev = got[0].Mod
+	if len(set.Moves) > 0 && !retired {
+		return Copyset{}, false, fmt.Errorf("a member is being replaced: %w", atoll.ErrBusy)
+	}
 	if set.Retired == retired {
 		c.await(ctx, set.Rev)
 		return set, true, nil

@@ -25,6 +25,9 @@
 //     by the monotonic clock, and once lost never comes back.
 //   - K5: The embedded etcd listens on nothing but what its options name: a Unix
 //     socket in a directory of mode 0700, and TLS with certificates on both sides.
+//   - K6: A copyset changes its members only by a move, begun, marked and finished
+//     each from the record that it was decided from (moves.go). A set in a move
+//     is in no index, takes no new segment, and is listed again afterwards.
 //
 // Locks (Memory.mu, Session.mu) are held for memory work only and never nest.
 package catalog

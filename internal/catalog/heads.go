@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"slices"
+	"strings"
 
 	"github.com/atollstore/atoll/internal/atoll"
 )
@@ -40,25 +41,31 @@ func decodeHead(kv KeyValue) (Head, error) {
 //
 // The caller then fences the unsealed segments before it trusts their length.
 func (c *Catalog) Acquire(ctx context.Context, id atoll.MediumID, s *Session) (Head, error) {
-	return c.acquire(ctx, id, s, MediumLive, MediumDetached)
+	return c.acquire(ctx, id, s, false, MediumLive, MediumDetached)
+}
+
+// AcquireIdle is Acquire for whoever settles what a dead owner left: also of a
+// medium in the trash, and ErrBusy too while the session's own process owns it.
+func (c *Catalog) AcquireIdle(ctx context.Context, id atoll.MediumID, s *Session) (Head, error) {
+	return c.acquire(ctx, id, s, true, MediumLive, MediumTrashed, MediumDetached)
 }
 
 // AcquireTrashed is Acquire for a medium in the trash, for whoever checks it.
 func (c *Catalog) AcquireTrashed(ctx context.Context, id atoll.MediumID, s *Session) (Head, error) {
-	return c.acquire(ctx, id, s, MediumTrashed)
+	return c.acquire(ctx, id, s, false, MediumTrashed)
 }
 
 // AcquireDeleting is Acquire for a medium in state MediumDeleting, for whoever
 // finishes its deletion.
 func (c *Catalog) AcquireDeleting(ctx context.Context, id atoll.MediumID, s *Session) (Head, error) {
-	return c.acquire(ctx, id, s, MediumDeleting)
+	return c.acquire(ctx, id, s, false, MediumDeleting)
 }
 
-func (c *Catalog) acquire(ctx context.Context, id atoll.MediumID, s *Session, states ...MediumState) (Head, error) {
+func (c *Catalog) acquire(ctx context.Context, id atoll.MediumID, s *Session, idle bool, states ...MediumState) (Head, error) {
 	ctx, done := bound(ctx)
 	defer done()
 	for range maxRaces {
-		h, ok, err := c.tryAcquire(ctx, id, s, states)
+		h, ok, err := c.tryAcquire(ctx, id, s, idle, states)
 		if err != nil {
 			return Head{}, fmt.Errorf("acquire medium %v: %w", id, err)
 		}
@@ -71,7 +78,7 @@ func (c *Catalog) acquire(ctx context.Context, id atoll.MediumID, s *Session, st
 
 // tryAcquire takes ownership if nothing changes between looking and taking;
 // false if something did.
-func (c *Catalog) tryAcquire(ctx context.Context, id atoll.MediumID, s *Session, states []MediumState) (Head, bool, error) {
+func (c *Catalog) tryAcquire(ctx context.Context, id atoll.MediumID, s *Session, idle bool, states []MediumState) (Head, bool, error) {
 	got, err := c.read(ctx, headKey(id), recordKey(id))
 	if err != nil {
 		return Head{}, false, err
@@ -91,6 +98,9 @@ func (c *Catalog) tryAcquire(ctx context.Context, id atoll.MediumID, s *Session,
 		return Head{}, false, s.gone()
 	}
 	owner := h.Process
+	if idle && owner == s.ID() {
+		return Head{}, false, fmt.Errorf("owned by this process: %w", atoll.ErrBusy)
+	}
 	h.Epoch++
 	h.Process = s.ID()
 	w := c.mark()
@@ -129,9 +139,11 @@ func busy(owner atoll.UUID, kv KeyValue) error {
 
 // SwapHead replaces a head that was read, or acquired, at h.Rev, and returns it
 // with its new Rev. It is done only while the owner's lease lives; a zero Process
-// gives the medium up. ErrFenced if another epoch stands or the lease has ended,
-// ErrConflict if the head was changed under the same epoch.
-func (c *Catalog) SwapHead(ctx context.Context, h Head) (Head, error) {
+// gives the medium up. into names the copysets of segments that h registers: it
+// is done only while no member of these is being replaced, else ErrBusy.
+// ErrFenced if another epoch stands or the lease has ended, ErrConflict if the
+// head was changed under the same epoch.
+func (c *Catalog) SwapHead(ctx context.Context, h Head, into ...atoll.CopysetID) (Head, error) {
 	ctx, done := bound(ctx)
 	defer done()
 	w := c.mark()
@@ -146,13 +158,18 @@ func (c *Catalog) SwapHead(ctx context.Context, h Head) (Head, error) {
 	if !h.Process.IsZero() {
 		t.If = append(t.If, Cmp{Key: processKey(h.Process), Kind: IfExists})
 	}
+	if err := c.unmoved(&t, into); err != nil {
+		return Head{}, fmt.Errorf("change head of medium %v: %w", h.Medium, err)
+	}
 	res, ok, err := c.commit(ctx, w, t)
 	if err == nil && ok {
 		h.Rev = res.Rev
 		return h, nil
 	}
 	if err == nil {
-		err = refused(h, res.Got[0])
+		if err = refused(h, res.Got[0]); res.Got[0].Mod == h.Rev && t.closed(&res) {
+			err = fmt.Errorf("the copyset has changed: %w", atoll.ErrBusy)
+		}
 	}
 	return Head{}, fmt.Errorf("change head of medium %v under epoch %v: %w", h.Medium, h.Epoch, err)
 }
@@ -169,4 +186,52 @@ func refused(h Head, kv KeyValue) error {
 		return atoll.ErrConflict
 	}
 	return fmt.Errorf("the lease of process %v has ended: %w", h.Process, atoll.ErrFenced)
+}
+
+// unmoved makes a transaction depend on that the copysets are as they are known
+// here, with no member being replaced (K1).
+func (c *Catalog) unmoved(t *Txn, into []atoll.CopysetID) error {
+	sets := c.State().Copysets
+	for _, id := range into {
+		set, is := sets[id]
+		if !is || len(set.Moves) > 0 {
+			return fmt.Errorf("a member of copyset %v is being replaced: %w", id, atoll.ErrBusy)
+		}
+		t.If = append(t.If, Cmp{Key: copysetKey(id), Rev: set.Rev})
+		t.Read = append(t.Read, copysetKey(id))
+	}
+	return nil
+}
+
+// closed reports whether the condition of unmoved was what failed.
+func (t *Txn) closed(res *TxnResult) bool {
+	for i, key := range t.Read {
+		for _, c := range t.If {
+			if c.Key == key && c.Kind == IfRev && strings.HasPrefix(key, copysetPrefix) && res.Got[i].Mod != c.Rev {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// Heads returns up to limit heads after the given medium, in order of the media.
+func (c *Catalog) Heads(ctx context.Context, after atoll.MediumID, limit int) ([]Head, error) {
+	ctx, done := bound(ctx)
+	defer done()
+	from := ""
+	if after != 0 {
+		from = headKey(after)
+	}
+	kvs, _, err := c.scan(ctx, headPrefix, from, limit)
+	if err != nil {
+		return nil, fmt.Errorf("list heads: %w", err)
+	}
+	out := make([]Head, len(kvs))
+	for i, kv := range kvs {
+		if out[i], err = decodeHead(kv); err != nil {
+			return nil, fmt.Errorf("list heads: %w", err)
+		}
+	}
+	return out, nil
 }

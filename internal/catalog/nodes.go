@@ -225,13 +225,22 @@ func worthTelling(last, r NodeReport) bool {
 	moved := last.Free - r.Free
 	return r.At.Sub(last.At) >= reportEvery || r.At.Before(last.At) ||
 		r.ReadOnly != last.ReadOnly || r.Full != last.Full || r.Silent != last.Silent || r.Errors != last.Errors ||
-		r.Total != last.Total || max(moved, -moved) > r.Total/100 ||
+		r.Total != last.Total || (r.Healing == nil) != (last.Healing == nil) || (r.Stray == 0) != (last.Stray == 0) || max(moved, -moved) > r.Total/100 ||
 		r.P99 > 2*last.P99 || 2*r.P99 < last.P99
 }
 
 // SetNodeState says what is wanted of a node. ErrNotExist; ErrInvalid for an
 // unknown state and for any change of a removed node.
 func (c *Catalog) SetNodeState(ctx context.Context, id atoll.NodeID, state NodeState) error {
+	return c.SetNode(ctx, id, state, 0)
+}
+
+// SetNode is SetNodeState, and names the node that is to take the place of one
+// that is drained, where that can be; 0 for any.
+func (c *Catalog) SetNode(ctx context.Context, id atoll.NodeID, state NodeState, heir atoll.NodeID) error {
+	if state != NodeDraining {
+		heir = 0
+	}
 	if !slices.Contains([]NodeState{NodeActive, NodeDraining, NodeRemoved}, state) {
 		return fmt.Errorf("set state of node %v to %q: %w", id, state, atoll.ErrInvalid)
 	}
@@ -249,12 +258,12 @@ func (c *Catalog) SetNodeState(ctx context.Context, id atoll.NodeID, state NodeS
 		switch {
 		case err != nil:
 			return fmt.Errorf("set state of node %v: %w", id, err)
-		case n.State == state:
+		case n.State == state && n.Heir == heir:
 			return nil
 		case n.State == NodeRemoved:
 			return fmt.Errorf("set state of node %v: it was removed: %w", id, atoll.ErrInvalid)
 		}
-		n.State = state
+		n.State, n.Heir = state, heir
 		ok, err := c.replaceKey(ctx, got[0], n)
 		if err != nil {
 			return fmt.Errorf("set state of node %v: %w", id, err)

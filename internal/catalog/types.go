@@ -39,6 +39,8 @@ type Node struct {
 	Rack        string       `json:"rack,omitempty"`
 	State       NodeState    `json:"state"`
 	Created     time.Time    `json:"created"`
+	Down        time.Time    `json:"down,omitzero"`  // since when the controller knows it as down
+	Heir        atoll.NodeID `json:"heir,omitempty"` // of a draining node: the one to take its place
 
 	// From the node's report, which lives as long as its process's lease.
 	Up     bool       `json:"up"`
@@ -59,19 +61,67 @@ type NodeReport struct {
 	Errors   uint64        `json:"errors,omitempty"`
 	P99      time.Duration `json:"p99,omitempty"` // of recent appends
 	At       time.Time     `json:"at"`
+	Sets     []SetBytes    `json:"sets,omitempty"`    // the copysets of which it holds most
+	Stray    int64         `json:"stray,omitempty"`   // bytes of copies that are to go: their copysets do not have the node any more
+	Healing  *Healing      `json:"healing,omitempty"` // while it takes the place of members of copysets
+}
+
+// SetBytes is how much a node holds of a copyset.
+type SetBytes struct {
+	ID    atoll.CopysetID `json:"id"`
+	Bytes int64           `json:"bytes"`
+}
+
+// Healing is how far a node is with the copies it makes as the new member of
+// copysets.
+type Healing struct {
+	Sets    int    `json:"sets"`              // copysets it is to join
+	Copies  int    `json:"copies"`            // segments still to be copied, as far as listed
+	Bytes   int64  `json:"bytes"`             // of these
+	Done    int64  `json:"done"`              // bytes copied since its process began with these sets
+	Rate    int64  `json:"rate,omitempty"`    // bytes a second, lately
+	Waiting int    `json:"waiting,omitempty"` // segments whose owner has to settle them first
+	Err     string `json:"err,omitempty"`     // why it does not get on
 }
 
 // Copyset is a set of nodes in different failure domains that hold the copies
 // of segments, or the shards of coded ones: which of these a node has depends on
 // its place in Nodes, so a new member takes the place of the old one. Version
-// rises with every change of membership.
+// rises with every change of membership. While a member is being replaced the set
+// is retired.
 type Copyset struct {
 	ID      atoll.CopysetID `json:"id"`
 	Nodes   []atoll.NodeID  `json:"nodes"`
 	Version uint64          `json:"version"`
 	Retired bool            `json:"retired,omitempty"` // takes no new segments
+	Moves   []Move          `json:"moves,omitempty"`   // members on their way in
 	Rev     int64           `json:"-"`
 }
+
+// Move puts a new member in the place of an old one, or adds it to a set that
+// has too few (Old is 0). New is no member before the move is finished: it is
+// not read, and what it holds or lacks is evidence of nothing.
+type Move struct {
+	Old   atoll.NodeID `json:"old,omitempty"`
+	New   atoll.NodeID `json:"new"`
+	Why   MoveReason   `json:"why"`
+	Since time.Time    `json:"since"`
+	// Settled: no head lists an unsealed segment of the set, nor can one be
+	// registered while the move stands.
+	Settled bool `json:"settled,omitempty"`
+}
+
+// MoveReason tells why a member is replaced.
+type MoveReason string
+
+// Reasons of moves.
+const (
+	MoveLost    MoveReason = "lost"    // it is down for too long, or removed
+	MoveErrors  MoveReason = "errors"  // its disk reports errors
+	MoveDrain   MoveReason = "drain"   // an operator wants it empty
+	MoveShort   MoveReason = "short"   // the set has fewer members than media want
+	MoveBalance MoveReason = "balance" // another node has more room
+)
 
 // Process is a running server. Its record lives as long as its lease.
 type Process struct {

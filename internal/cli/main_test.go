@@ -67,6 +67,10 @@ func (f *fakeServer) CheckVolume(context.Context, *atollv1.CheckVolumeRequest) (
 	return f.check, nil
 }
 
+func (f *fakeServer) SetNode(_ context.Context, r *atollv1.SetNodeRequest) (*atollv1.Node, error) {
+	return &atollv1.Node{Id: r.Id, State: r.State, Heir: r.Heir}, nil
+}
+
 func (f *fakeServer) Nodes(context.Context) ([]*atollv1.Node, error) {
 	return []*atollv1.Node{
 		{Id: 2, Condition: "down", Address: "10.0.0.2:7401", TotalBytes: 1 << 40, FreeBytes: 1 << 39, Segments: 12345, Errors: 77},

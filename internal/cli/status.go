@@ -49,6 +49,9 @@ func (a *App) printStatus(s *atollv1.GetStatusResponse) {
 	}
 	fmt.Fprintf(a.Out, "usable     %s free of %s%s\n", a.size(s.UsableFreeBytes), a.size(s.UsableTotalBytes), copiesOf(s))
 	fmt.Fprintf(a.Out, "raw        %s free of %s\n", a.size(s.RawFreeBytes), a.size(s.RawTotalBytes))
+	if r := s.Repair; r != nil {
+		fmt.Fprintf(a.Out, "repair     %s\n", a.repairText(r))
+	}
 	for _, k := range s.Kept {
 		fmt.Fprintf(a.Out, "kept       %s\n", a.keptLine(k))
 	}
@@ -63,6 +66,25 @@ func (a *App) printStatus(s *atollv1.GetStatusResponse) {
 		}
 	}
 	fmt.Fprintf(a.Out, "cluster    %s   atoll %s\n", s.ClusterId, s.Version)
+}
+
+// repairText tells how far repair is.
+func (a *App) repairText(r *atollv1.Repair) string {
+	var parts []string
+	if r.Moves > 0 {
+		text := fmt.Sprintf("%s of copysets being replaced", count(int(r.Moves), "member"))
+		if r.Bytes > 0 {
+			text += ", " + a.size(r.Bytes) + " to copy"
+		}
+		if r.Rate > 0 {
+			text += fmt.Sprintf(", %s/s, %s left", a.size(r.Rate), r.Left.AsDuration())
+		}
+		parts = append(parts, text)
+	}
+	if r.Stuck > 0 {
+		parts = append(parts, fmt.Sprintf("%s without a node that could take a copy; add one", count(int(r.Stuck), "copyset")))
+	}
+	return strings.Join(parts, "; ")
 }
 
 // copiesOf tells how many copies the usable space is reckoned with.
@@ -84,7 +106,8 @@ func plural(n int, one, many string) string {
 }
 
 func (a *App) nodeCommand() *cobra.Command {
-	cmd := &cobra.Command{Use: "node", Short: "Look at storage nodes", GroupID: "look"}
+	cmd := &cobra.Command{Use: "node", Short: "Look at storage nodes, drain and remove them", GroupID: "look"}
+	cmd.AddCommand(a.nodeVerbs()...)
 	cmd.AddCommand(&cobra.Command{
 		Use:     "ls",
 		Aliases: []string{"list"},
@@ -114,6 +137,10 @@ func (a *App) nodeCommand() *cobra.Command {
 func (a *App) printNodes(nodes []*atollv1.Node) {
 	sort.Slice(nodes, func(i, j int) bool { return nodes[i].Id < nodes[j].Id })
 	rows := make([][]string, 0, len(nodes))
+	moving := false
+	for _, n := range nodes {
+		moving = moving || a.movesText(n) != "-"
+	}
 	for _, n := range nodes {
 		used := "-"
 		if n.TotalBytes > 0 {
@@ -129,8 +156,41 @@ func (a *App) printNodes(nodes []*atollv1.Node) {
 		}
 		rows = append(rows, []string{strconv.Itoa(int(n.Id)), n.Condition, a.size(n.FreeBytes), used,
 			strconv.Itoa(int(n.Segments)), p99, strconv.FormatUint(n.Errors, 10), where})
+		if moving {
+			i := len(rows) - 1
+			rows[i] = append(rows[i][:7:7], a.movesText(n), where)
+		}
 	}
-	a.table([]string{">ID", "STATE", ">FREE", ">USED", ">SEGMENTS", ">P99", ">ERRORS", "WHERE"}, rows)
+	headers := []string{">ID", "STATE", ">FREE", ">USED", ">SEGMENTS", ">P99", ">ERRORS", "WHERE"}
+	if moving {
+		headers = append(headers[:7:7], "REPAIR", "WHERE")
+	}
+	a.table(headers, rows)
+}
+
+// movesText tells what becomes of a node's copies.
+func (a *App) movesText(n *atollv1.Node) string {
+	var parts []string
+	if n.Leaving > 0 || n.State == "draining" {
+		parts = append(parts, fmt.Sprintf("leaves %s", count(int(n.Copysets), "copyset")))
+	}
+	if n.Joining > 0 {
+		text := fmt.Sprintf("joins %d", n.Joining)
+		if n.CopyBytes > 0 {
+			text += ", " + a.size(n.CopyBytes) + " to copy"
+		}
+		if n.CopyRate > 0 {
+			text += ", " + a.size(n.CopyRate) + "/s"
+		}
+		if n.CopyWaiting > 0 {
+			text += fmt.Sprintf(", %d wait", n.CopyWaiting)
+		}
+		parts = append(parts, text)
+	}
+	if n.StrayBytes > 0 {
+		parts = append(parts, a.size(n.StrayBytes)+" to go")
+	}
+	return orDash(strings.Join(parts, "; "))
 }
 
 func (a *App) configCommand() *cobra.Command {

@@ -36,6 +36,8 @@ type Nodes interface {
 	// Delete removes a segment from its nodes and fences its name at epoch. It
 	// returns the nodes that did not answer, with an error.
 	Delete(ctx context.Context, seg atoll.SegmentID, epoch atoll.Epoch) (left []atoll.NodeID, err error)
+	// DeleteCopy removes one copy, be its node a member of the copyset or not.
+	DeleteCopy(ctx context.Context, id atoll.NodeID, seg atoll.SegmentID, epoch atoll.Epoch) error
 }
 
 // Options of Open.
@@ -43,9 +45,13 @@ type Options struct {
 	Catalog *catalog.Catalog
 	Session *catalog.Session
 	Nodes   Nodes
-	Copies  int // of media that ask for nothing; 0 means defaultCopies or as many as there are nodes
-	Log     *slog.Logger
-	Metrics *Metrics
+	Media   Media // nil: media without an owner wait for the next one
+	// RepairAfter is how long a node may be down before others take its place;
+	// 0 means DefaultRepairAfter.
+	RepairAfter time.Duration
+	Copies      int // of media that ask for nothing; 0 means defaultCopies or as many as there are nodes
+	Log         *slog.Logger
+	Metrics     *Metrics
 }
 
 // DefaultCopies is how many copies a medium gets that asks for nothing: what is
@@ -72,6 +78,10 @@ type Controller struct {
 	log     *slog.Logger
 	metrics *Metrics
 	copies  int
+	media   Media
+
+	repairAfter time.Duration
+
 	leading atomic.Bool
 	cancel  context.CancelFunc
 	wg      sync.WaitGroup
@@ -79,7 +89,8 @@ type Controller struct {
 
 // Open starts a controller.
 func Open(opts Options) *Controller {
-	c := &Controller{cat: opts.Catalog, session: opts.Session, nodes: opts.Nodes, log: opts.Log, metrics: opts.Metrics, copies: opts.Copies}
+	c := &Controller{cat: opts.Catalog, session: opts.Session, nodes: opts.Nodes, log: opts.Log, metrics: opts.Metrics, copies: opts.Copies,
+		media: opts.Media, repairAfter: opts.RepairAfter}
 	if c.log == nil {
 		c.log = slog.New(slog.DiscardHandler)
 	}
@@ -113,6 +124,7 @@ func (c *Controller) run(ctx context.Context) {
 	var passes sync.WaitGroup
 	passes.Go(func() { c.placing(leading) })
 	passes.Go(func() { c.deleting(leading) })
+	passes.Go(func() { c.repairing(leading) })
 	select {
 	case <-ctx.Done():
 	case <-l.Lost():
@@ -261,6 +273,13 @@ func (c *Controller) deleteMedium(ctx context.Context, m catalog.Medium) error {
 		}
 		if err := c.deleteSegment(ctx, seg, head.Epoch); err != nil {
 			return fmt.Errorf("delete segment %v: %w", seg, err)
+		}
+		for _, cp := range copies { // also those of former members
+			if cp.Seg == seg && !slices.Contains(c.cat.State().Copysets[seg.Copyset].Nodes, cp.Node) {
+				if err := c.nodes.DeleteCopy(ctx, cp.Node, seg, head.Epoch); err != nil {
+					return fmt.Errorf("delete segment %v on node %v: %w", seg, cp.Node, err)
+				}
+			}
 		}
 		c.metrics.deleted()
 		c.log.InfoContext(ctx, "segment deleted", "seg", seg, "epoch", head.Epoch, "name", m.Name)

@@ -63,6 +63,17 @@ func (f *fakeNodes) Delete(_ context.Context, seg atoll.SegmentID, epoch atoll.E
 	return left, err
 }
 
+func (f *fakeNodes) DeleteCopy(_ context.Context, id atoll.NodeID, seg atoll.SegmentID, epoch atoll.Epoch) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.log = append(f.log, fmt.Sprintf("%d under %d on %d", seg.Ordinal, epoch, id))
+	if f.down[id] {
+		return atoll.ErrUnreachable
+	}
+	f.held[id] = slices.DeleteFunc(f.held[id], func(s atoll.SegmentID) bool { return s == seg })
+	return nil
+}
+
 func (f *fakeNodes) set(id atoll.NodeID, down bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()

@@ -34,6 +34,7 @@ func Health(st *catalog.State) Summary {
 	h := &judge{st: st}
 	h.nodes()
 	h.copysets()
+	h.moves()
 	if st.Leaders[office].IsZero() {
 		h.degraded = append(h.degraded, "no controller is elected")
 	}
@@ -112,6 +113,22 @@ func (h *judge) group(ids []atoll.NodeID, one, many string) {
 		h.degraded = append(h.degraded, fmt.Sprintf("node %v (%s) %s", ids[0], h.st.Nodes[ids[0]].Host, one))
 	default:
 		h.degraded = append(h.degraded, fmt.Sprintf("nodes %v %s", ids, many))
+	}
+}
+
+// moves tells of members that are lost and have no successor yet.
+func (h *judge) moves() {
+	lost := 0
+	for _, set := range h.st.Copysets {
+		for _, m := range set.Moves {
+			if m.Why == catalog.MoveLost || m.Why == catalog.MoveErrors {
+				lost++
+				break
+			}
+		}
+	}
+	if lost > 0 {
+		h.degraded = append(h.degraded, fmt.Sprintf("%d %s a copy less than wanted, which is being made anew", lost, plural(lost, "copyset has", "copysets have")))
 	}
 }
 

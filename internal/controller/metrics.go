@@ -16,6 +16,8 @@ type Metrics struct {
 	capacity [4]*prometheus.GaugeVec // raw total and free, usable total and free
 	copysets *prometheus.GaugeVec
 	segments prometheus.Counter
+	moves    *prometheus.GaugeVec
+	stuck    *prometheus.GaugeVec
 }
 
 // NewMetrics makes the metrics and registers them with reg.
@@ -38,7 +40,9 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 		segments: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "atoll_controller_segments_deleted_total", Help: "Segments deleted with their media."}),
 	}
-	reg.MustRegister(m.health, m.up, m.total, m.free, m.copysets, m.segments)
+	m.moves = vec("atoll_copyset_moves", "Members of copysets that are being replaced, by reason.", "reason")
+	m.stuck = vec("atoll_copysets_stuck", "Copysets with a member to be replaced that no node can take the place of.")
+	reg.MustRegister(m.health, m.up, m.total, m.free, m.copysets, m.segments, m.moves, m.stuck)
 	for _, c := range m.capacity {
 		reg.MustRegister(c)
 	}
@@ -50,7 +54,7 @@ func (m *Metrics) forget() {
 	if m == nil {
 		return
 	}
-	for _, v := range append(m.capacity[:], m.health, m.up, m.total, m.free, m.copysets) {
+	for _, v := range append(m.capacity[:], m.health, m.up, m.total, m.free, m.copysets, m.moves, m.stuck) {
 		v.Reset()
 	}
 }
@@ -104,4 +108,21 @@ func (m *Metrics) deleted() {
 	if m != nil {
 		m.segments.Inc()
 	}
+}
+
+// repair shows what is being repaired.
+func (m *Metrics) repair(st *catalog.State, p repairPlan) {
+	if m == nil {
+		return
+	}
+	count := map[catalog.MoveReason]int{catalog.MoveLost: 0, catalog.MoveErrors: 0, catalog.MoveDrain: 0, catalog.MoveShort: 0, catalog.MoveBalance: 0}
+	for _, set := range st.Copysets {
+		for _, mv := range set.Moves {
+			count[mv.Why]++
+		}
+	}
+	for why, n := range count {
+		m.moves.WithLabelValues(string(why)).Set(float64(n))
+	}
+	m.stuck.WithLabelValues().Set(float64(len(p.Stuck)))
 }

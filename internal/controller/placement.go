@@ -27,7 +27,7 @@ type plan struct {
 }
 
 // placement decides which copysets to make and which to retire, so that every
-// active node is in enough sets of each size. It is a pure function of its
+// active node that is up is in enough sets of each size. It is a pure function of its
 // arguments, independent of their order. Sets that are good stay as they are
 // whatever nodes come and go. copies lists the sizes that media want; a cluster
 // with fewer nodes gets sets of all its nodes instead. codes lists the codes that
@@ -187,7 +187,7 @@ func (p *placer) fill(size int) {
 	var retired [][]int
 	for _, set := range p.sets {
 		members, active := p.members(set)
-		if !active || len(members) != size || !p.legal(members) {
+		if !active || len(members) != size || len(set.Moves) > 0 || !p.legal(members) {
 			continue
 		}
 		slices.Sort(members)
@@ -201,8 +201,9 @@ func (p *placer) fill(size int) {
 		f.all(nil, 0)
 		return
 	}
-	for _, members := range retired { // of nodes that were away for a while
-		if slices.ContainsFunc(members, f.wants) {
+	for _, members := range retired { // of nodes that were away for a while, or of a set beside another one
+		down := func(i int) bool { return !f.p.nodes[i].Up }
+		if slices.ContainsFunc(members, f.wants) && !slices.ContainsFunc(members, down) {
 			f.add(members)
 		}
 	}
@@ -271,7 +272,7 @@ func (f *filler) all(members []int, from int) {
 		return
 	}
 	for i := from; i < len(f.p.nodes); i++ {
-		if f.p.fits(members, i, f.p.limit(f.size)) {
+		if f.p.nodes[i].Up && f.p.fits(members, i, f.p.limit(f.size)) {
 			f.all(append(slices.Clip(members), i), i+1)
 		}
 	}
@@ -285,7 +286,7 @@ func (f *filler) grow() {
 	for {
 		first := -1
 		for i := range f.p.nodes {
-			if f.wants(i) && !stuck[i] && (first < 0 || f.in[i] < f.in[first]) {
+			if f.p.nodes[i].Up && f.wants(i) && !stuck[i] && (first < 0 || f.in[i] < f.in[first]) {
 				first = i
 			}
 		}
@@ -305,7 +306,7 @@ func (f *filler) around(first int) []int {
 	for len(members) < f.size {
 		best := -1
 		for i := range f.p.nodes {
-			if f.p.fits(members, i, l) && (best < 0 || f.better(members, i, best)) {
+			if f.p.nodes[i].Up && f.p.fits(members, i, l) && (best < 0 || f.better(members, i, best)) {
 				best = i
 			}
 		}

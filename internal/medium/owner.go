@@ -59,10 +59,13 @@ func (o *owner) change(ctx context.Context, step func(catalog.Head) (catalog.Hea
 		if err != nil || sameHead(old, want) {
 			return err
 		}
-		got, err := o.catalog.SwapHead(ctx, want)
+		got, err := o.catalog.SwapHead(ctx, want, added(old, want)...)
 		if err == nil {
 			o.put(got)
 			return nil
+		}
+		if errors.Is(err, atoll.ErrBusy) {
+			return err // nothing was written, and another copyset is to be chosen
 		}
 		if errors.Is(err, atoll.ErrFenced) {
 			o.lose(err)
@@ -75,6 +78,16 @@ func (o *owner) change(ctx context.Context, step func(catalog.Head) (catalog.Hea
 			return fmt.Errorf("change head of medium %v: %w", old.Medium, err)
 		}
 	}
+}
+
+// added lists the copysets of the segments that want registers.
+func added(old, want catalog.Head) (into []atoll.CopysetID) {
+	for _, u := range want.Unsealed {
+		if u.Seg.Ordinal >= old.Next {
+			into = append(into, u.Seg.Copyset)
+		}
+	}
+	return into
 }
 
 // settle finds out what became of a change that ended with cause: done, to be

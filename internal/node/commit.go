@@ -88,6 +88,11 @@ func (q *queue) close(why error) {
 // Append implements wire.Node. The batch is verified here, in the caller's
 // goroutine.
 func (n *Node) Append(a *wire.Append) {
+	n.requests.Add(1)
+	n.append(a)
+}
+
+func (n *Node) append(a *wire.Append) {
 	a.Queued, a.Commit = 0, 0
 	it, err := n.verify(a)
 	if err == nil {

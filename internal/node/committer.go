@@ -185,6 +185,7 @@ func (n *Node) unused() bool {
 
 // takeOne is take for one append that was not queued.
 func (n *Node) takeOne(a *wire.Append) {
+	n.requests.Add(1)
 	a.Done, a.Queued, a.Commit = nil, 0, 0
 	n.items, n.dirty = n.items[:0], n.dirty[:0]
 	it, err := n.verify(a)

@@ -277,7 +277,7 @@ func (n *Node) appendAll(list []*wire.Append) error {
 	done := make(chan *wire.Append, len(list))
 	for _, a := range list {
 		a.Done = done
-		n.Append(a)
+		n.append(a)
 	}
 	var first *wire.Append
 	for range list {

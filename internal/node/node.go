@@ -82,6 +82,7 @@ type Node struct {
 	lastAppend atomic.Int64 // nanoseconds
 	appended   atomic.Int64 // bytes
 	recent     latencies
+	requests   atomic.Uint64 // appends of writers, and reads
 
 	// Of the committer.
 	items       []item

@@ -28,6 +28,7 @@ func (n *Node) ReadSums(ctx context.Context, id atoll.SegmentID, block atoll.Blo
 	if len(dst) == 0 || len(dst)%atoll.BlockSize != 0 {
 		return fmt.Errorf("read %d bytes of segment %v: %w", len(dst), id, atoll.ErrInvalid)
 	}
+	n.requests.Add(1)
 	if err := n.begin(ctx); err != nil {
 		return fmt.Errorf("read segment %v: %w", id, err)
 	}

@@ -48,7 +48,7 @@ func (b *backend) Status(ctx context.Context) (*atollv1.GetStatusResponse, error
 	health := controller.Health(st)
 	out := &atollv1.GetStatusResponse{
 		ClusterId: st.Cluster.ID.String(), Name: st.Cluster.Name, Health: string(health.Grade), Reasons: health.Reasons,
-		Version: b.s.opts.Version, Demo: b.s.opts.Demo, Now: timestamppb.Now(),
+		Version: b.s.opts.Version, Demo: b.s.opts.Demo, Now: timestamppb.Now(), Repair: b.repair(st),
 	}
 	for _, n := range st.Nodes {
 		if n.State == catalog.NodeRemoved {
@@ -98,7 +98,8 @@ func (b *backend) Nodes(context.Context) ([]*atollv1.Node, error) {
 		local[k.reg.ID] = k
 	}
 	var out []*atollv1.Node
-	for _, n := range b.s.cat.State().Nodes {
+	st := b.s.cat.State()
+	for _, n := range st.Nodes {
 		m := &atollv1.Node{
 			Id: uint32(n.ID), State: string(n.State), Up: n.Up && !n.Report.Silent, Condition: condition(n), Host: n.Host, Rack: n.Rack, Address: n.Addr,
 			Process: n.Process.String(), Disk: n.Disk.String(), TotalBytes: n.Report.Total, FreeBytes: n.Report.Free,
@@ -113,6 +114,7 @@ func (b *backend) Nodes(context.Context) ([]*atollv1.Node, error) {
 		}
 		out = append(out, m)
 	}
+	moves(st, out)
 	sort.Slice(out, func(i, j int) bool { return out[i].Id < out[j].Id })
 	return out, nil
 }

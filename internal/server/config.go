@@ -39,6 +39,9 @@ type Config struct {
 	DiskLimit  int64         // bytes that a node may use, 0 = the disk
 	Spare      int           // prewritten segment files kept ready on each disk
 	Host, Rack string        // failure domains
+	RepairFrom time.Duration // how long a node may be down before others take its place
+	RepairRate int64         // bytes a second that one node copies for that at most, 0 = what it can
+	EvictAfter time.Duration // how long a node keeps copies that it need not hold any more
 	TrashKeep  time.Duration // how long removed media can be brought back; 0: not at all
 	CurveAuth  string        // trust, strict, or empty for what fits the address
 	CurveRoot  string        // root's password for Curve's clients, while the user root has none
@@ -202,6 +205,12 @@ func settings() []setting {
 	add("host", "", "name of this machine as a failure domain (default: the host name)", s, g)
 	s, g = str(func(c *Config) *string { return &c.Rack })
 	add("rack", "", "name of the rack it stands in", s, g)
+	s, g = span(func(c *Config) *time.Duration { return &c.RepairFrom })
+	add("repair-after", "5m", "how long a node may be down before its copies are made anew on others; the elected controller's counts", s, g)
+	s, g = size(func(c *Config) *int64 { return &c.RepairRate })
+	add("repair-rate", "0B", "bytes a second that each node copies for repair at most (0B: all it can while idle, a part of that while in use)", s, g)
+	s, g = span(func(c *Config) *time.Duration { return &c.EvictAfter })
+	add("evict-after", "10m", "how long a node keeps copies that other nodes have taken over", s, g)
 	s, g = span(func(c *Config) *time.Duration { return &c.TrashKeep })
 	add("trash-keep", "24h", "how long removed volumes stay in the trash (0: they are deleted at once)", s, g)
 	s, g = str(func(c *Config) *string { return &c.CurveAuth })

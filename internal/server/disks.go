@@ -15,6 +15,7 @@ import (
 	"github.com/atollstore/atoll/internal/api"
 	"github.com/atollstore/atoll/internal/atoll"
 	"github.com/atollstore/atoll/internal/catalog"
+	"github.com/atollstore/atoll/internal/heal"
 	"github.com/atollstore/atoll/internal/host"
 	"github.com/atollstore/atoll/internal/node"
 	"github.com/atollstore/atoll/internal/wire"
@@ -43,6 +44,7 @@ type diskSet struct {
 		sync.RWMutex
 		disks      map[atoll.NodeID]*disk
 		committers map[uint64]*node.Committer // by file system
+		healer     *heal.Healer               // nil before it is started
 	}
 }
 
@@ -173,6 +175,10 @@ func (d *diskSet) register(ctx context.Context) error {
 			continue
 		}
 		if err := d.registerOne(ctx, k); err != nil {
+			if errors.Is(err, atoll.ErrIdentity) && d.s.cat.State().Nodes[k.reg.ID].State == catalog.NodeRemoved {
+				d.s.log.Warn("disk is not served any more: its node was removed; take it out of the configuration", "node", k.reg.ID, "path", k.path)
+				continue
+			}
 			return err
 		}
 		if err := d.reportOne(ctx, k); err != nil {
@@ -259,10 +265,14 @@ func (d *diskSet) reportOne(ctx context.Context, k *disk) error {
 	ctx, cancel = context.WithTimeout(ctx, reportTimeout)
 	defer cancel()
 	n := d.sharers(k.device)
-	return d.s.cat.ReportNode(ctx, d.s.session(), k.reg.ID, catalog.NodeReport{
+	r := catalog.NodeReport{
 		Total: st.Total / n, Free: st.Free / n, Segments: st.Segments, Open: st.Open, ReadOnly: st.ReadOnly, Full: st.Full,
 		Errors: st.Errors, P99: st.AppendP99, At: time.Now().UTC(),
-	})
+	}
+	if h := d.healer(); h != nil {
+		h.Report(k.reg.ID, &r)
+	}
+	return d.s.cat.ReportNode(ctx, d.s.session(), k.reg.ID, r)
 }
 
 // reportSilent tells that a node of this process does not answer.

@@ -67,6 +67,7 @@ func TestRights(t *testing.T) {
 		{true, true, &atollv1.ListTasksRequest{}},
 		{false, false, &atollv1.GetConfigRequest{}},
 		{false, false, &atollv1.CreateTokenRequest{}},
+		{false, false, &atollv1.SetNodeRequest{Id: 1, State: "draining"}},
 		{false, false, &atollv1.InjectRequest{}},
 		{false, false, &atollv1.AddNodeRequest{}},
 		{true, true, &atollv1.CreateVolumeRequest{Name: "new"}},

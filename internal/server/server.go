@@ -19,6 +19,7 @@ import (
 	"github.com/atollstore/atoll/internal/catalog"
 	"github.com/atollstore/atoll/internal/controller"
 	"github.com/atollstore/atoll/internal/gateway/nbd"
+	"github.com/atollstore/atoll/internal/heal"
 	"github.com/atollstore/atoll/internal/host"
 	"github.com/atollstore/atoll/internal/medium"
 	"github.com/atollstore/atoll/internal/medium/volume"
@@ -100,6 +101,7 @@ type metrics struct {
 	ops     *opTimes
 
 	controller *controller.Metrics
+	heal       *heal.Metrics
 }
 
 // Start starts a server and returns when it serves. ctx bounds the start. What
@@ -119,7 +121,7 @@ func Start(ctx context.Context, cfg *Config, o Options) (s *Server, err error) {
 		}
 	}()
 	steps := []func(context.Context, context.Context) error{
-		s.openHome, s.checkPorts, s.openCatalog, s.openMembers, s.openSession, s.openDisks, s.startController, s.openVolumes, s.serveNBD, s.serveAPI,
+		s.openHome, s.checkPorts, s.openCatalog, s.openMembers, s.openSession, s.openDisks, s.startController, s.openVolumes, s.startHealer, s.serveNBD, s.serveAPI,
 	}
 	if o.offline {
 		steps = []func(context.Context, context.Context) error{s.openHome, s.openCatalog, s.openMembers, s.openSession, s.openDisks, s.openVolumes}
@@ -149,7 +151,7 @@ func (s *Server) newMetrics() {
 	s.metrics = metrics{
 		catalog: catalog.NewMetrics(s.reg), node: node.NewMetrics(s.reg), wire: wire.NewMetrics(s.reg), stream: stream.NewMetrics(s.reg),
 		medium: medium.NewMetrics(s.reg), volume: volume.NewMetrics(s.reg), nbd: nbd.NewMetrics(s.reg),
-		controller: controller.NewMetrics(s.reg), ops: newOpTimes(s.reg),
+		controller: controller.NewMetrics(s.reg), heal: heal.NewMetrics(s.reg), ops: newOpTimes(s.reg),
 	}
 }
 
@@ -491,7 +493,7 @@ func (s *Server) startController(_, bg context.Context) error {
 	wg.Go(func() {
 		for ctx.Err() == nil {
 			sess := s.session()
-			c := controller.Open(controller.Options{Catalog: s.cat, Nodes: s.nodes, Session: sess, Copies: s.cfg.Replicas, Log: s.log, Metrics: s.metrics.controller})
+			c := controller.Open(controller.Options{Catalog: s.cat, Nodes: s.nodes, Media: settling{s}, RepairAfter: s.cfg.RepairFrom, Session: sess, Copies: s.cfg.Replicas, Log: s.log, Metrics: s.metrics.controller})
 			select {
 			case <-ctx.Done():
 			case <-sess.Lost():

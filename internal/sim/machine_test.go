@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/atollstore/atoll/internal/atoll"
@@ -24,6 +25,7 @@ type machine struct {
 	id   atoll.NodeID
 	inc  atoll.UUID
 	uuid atoll.UUID
+	lost atomic.Bool // for good
 	mu   struct {
 		sync.Mutex
 		disk   *hosttest.Disk
@@ -236,6 +238,14 @@ func (m *machine) crash(rng *rand.Rand, how crashHow) {
 				}
 			}
 		}
+		if d := m.w.warden; d != nil {
+			d.mu.Lock()
+			p := d.p
+			d.mu.Unlock()
+			if p != nil {
+				p.fail(m, "reset")
+			}
+		}
 	})
 	old.Heal()
 	n.Abort()
@@ -251,7 +261,7 @@ func (m *machine) crash(rng *rand.Rand, how crashHow) {
 // restart starts the machine if it is down.
 func (m *machine) restart() {
 	m.mu.Lock()
-	if m.mu.node != nil || m.mu.busy {
+	if m.mu.node != nil || m.mu.busy || m.lost.Load() {
 		m.mu.Unlock()
 		return
 	}

@@ -39,6 +39,8 @@ type config struct {
 	checkpoint  int64
 	catalogLoss int // of 1000 requests, and as many answers
 	brokenLease bool
+	losses      bool // machines are lost for good, and replaced
+	min         int  // copies without which nothing is written; 0: one less than wanted
 	rot         bool
 	weights     [faults]int
 	lies        []host.Rule // mistakes of every node, to be found
@@ -149,7 +151,12 @@ func (w *world) live() {
 		}
 	}
 	n := &nemesis{w: w, rng: rand.New(rand.NewPCG(w.seed, 0x6e656d))}
-	n.run(w.now() + w.cfg.length)
+	until := w.now() + w.cfg.length
+	if w.cfg.losses {
+		w.addWarden()
+		w.wg.Go(func() { n.loses(until) })
+	}
+	n.run(until)
 	w.heal1()
 	last := w.gateways[w.rng.IntN(2)]
 	w.other(last).wants(false)
@@ -170,6 +177,10 @@ func (w *world) live() {
 			w.broken("I9: a request did not end within %v after the faults had", drain)
 			return
 		}
+	}
+	if w.cfg.losses {
+		w.undrain()
+		w.awaitReplaced()
 	}
 	w.finalChecks(last)
 }
@@ -201,7 +212,7 @@ func (w *world) build() bool {
 	w.addGateway(1)
 	rec, err := medium.Create(ctx, medium.Options{Catalog: p.catalog}, catalog.Medium{
 		Name: "disk", Kind: catalog.KindVolume, Owner: "root", Size: int64(w.cfg.pages) * atoll.BlockSize,
-		Policy: catalog.Policy{Replicas: 3, Segment: w.cfg.segment},
+		Policy: catalog.Policy{Replicas: 3, MinReplicas: w.cfg.min, Segment: w.cfg.segment},
 	})
 	if err != nil {
 		w.broken("create volume: %w", err)
@@ -342,7 +353,9 @@ func (w *world) compareCopies() {
 	for _, m := range w.machines {
 		n, _ := m.running()
 		if n == nil {
-			w.broken("I9: %s is down at the end", m.name)
+			if !m.lost.Load() {
+				w.broken("I9: %s is down at the end", m.name)
+			}
 			continue
 		}
 		list, err := n.List(ctx, atoll.SegmentID{}, 1<<20)

@@ -33,6 +33,7 @@ type world struct {
 	mesh     *mesh
 	machines []*machine
 	gateways []*gateway
+	warden   *warden // nil where nothing is repaired
 	history  *history
 	volume   atoll.MediumID
 	wg       sync.WaitGroup

@@ -160,9 +160,12 @@ func (m *mender) complete(ctx context.Context, epoch atoll.Epoch) error {
 		prev = tail.Sum
 	}
 	for i := range m.shape.Batches() {
-		first, _ := m.shape.Batch(i)
+		first, blocks := m.shape.Batch(i)
 		if first < at {
 			continue
+		}
+		if err := pace(ctx, int(blocks.Bytes())); err != nil {
+			return err
 		}
 		buf, sum, err := m.batch(ctx, i, prev)
 		if err != nil {

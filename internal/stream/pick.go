@@ -99,7 +99,7 @@ func (n *Nodes) ready(st *catalog.State, good []catalog.Node, want int) (catalog
 	total := int64(0)
 next:
 	for _, set := range st.Copysets {
-		if set.Retired || len(set.Nodes) != want {
+		if set.Retired || len(set.Moves) > 0 || len(set.Nodes) != want {
 			continue
 		}
 		weight := int64(1) << 50

@@ -130,15 +130,23 @@ func (n *Nodes) repairShard(ctx context.Context, j repairJob) error {
 	return m.mend(ctx, wire.Run{Block: j.block, Blocks: j.blocks})
 }
 
-// sizeFor returns the size that a copy of a sealed segment is created with.
+// sizeFor returns the size that a copy of a sealed segment is created with: that
+// of the nodes' prewritten files, unless it is much shorter.
 func sizeFor(length atoll.BlockNo) atoll.BlockNo {
-	return max(length+segment.FooterBlocks(int(length), int(length)), atoll.SegmentBlocks)
+	size := length + segment.FooterBlocks(int(length), int(length))
+	if size <= atoll.SegmentBlocks/2 {
+		return max(size, 8)
+	}
+	return max(size, atoll.SegmentBlocks)
 }
 
 // copyBatches copies whole batches from one copy to another, from block at up to
 // the length.
 func (n *Nodes) copyBatches(ctx context.Context, seg atoll.SegmentID, epoch atoll.Epoch, from, to wire.Node, at, length atoll.BlockNo) error {
 	for at < length {
+		if err := pace(ctx, 1<<20); err != nil {
+			return fmt.Errorf("copy segment %v from block %d: %w", seg, at, err)
+		}
 		buf, err := from.Fetch(ctx, seg, at, 1<<20)
 		if err != nil {
 			return fmt.Errorf("copy segment %v from block %d: %w", seg, at, err)
@@ -162,6 +170,89 @@ func (n *Nodes) copyBatches(ctx context.Context, seg atoll.SegmentID, epoch atol
 		}
 	}
 	return nil
+}
+
+// Pacer holds copying down to a rate.
+type Pacer interface {
+	// Wait returns when so many bytes may be copied, or with an error when ctx
+	// ends first.
+	Wait(ctx context.Context, bytes int) error
+}
+
+type pacerKey struct{}
+
+// WithPacer returns a context under which Replicate copies no faster than p
+// allows.
+func WithPacer(ctx context.Context, p Pacer) context.Context {
+	return context.WithValue(ctx, pacerKey{}, p)
+}
+
+func pace(ctx context.Context, bytes int) error {
+	if p, ok := ctx.Value(pacerKey{}).(Pacer); ok {
+		return p.Wait(ctx, bytes)
+	}
+	return nil
+}
+
+// Replicate makes a copy of a sealed segment of length s.Length on a node that
+// need not be a member of its copyset, or completes the one that is there, and
+// reads it back: when it returns nil the copy is whole and durable. from are the
+// nodes that hold it sealed at that length. epoch is the one under which these
+// have it, so that the segment's owner can go on to change or delete the copy;
+// ErrFenced when the owner has deleted it there.
+func (n *Nodes) Replicate(ctx context.Context, s catalog.Sealed, epoch atoll.Epoch, from []atoll.NodeID, to atoll.NodeID) error {
+	shape, coded, err := n.ShapeOf(ctx, s.Seg)
+	if err == nil && coded {
+		return n.replicateShard(ctx, s.Seg, shape, epoch, to)
+	}
+	s.Unverified = nil
+	if err == nil {
+		err = n.completeOne(ctx, s, epoch, from, to)
+	}
+	if err != nil {
+		return fmt.Errorf("copy segment %v to node %v: %w", s.Seg, to, err)
+	}
+	return nil
+}
+
+// replicateShard is Replicate for a coded segment: what a node holds of it depends
+// on its place in the copyset, and a new member takes that of the old one.
+func (n *Nodes) replicateShard(ctx context.Context, seg atoll.SegmentID, shape segment.Shape, epoch atoll.Epoch, to atoll.NodeID) error {
+	set := n.catalog.State().Copysets[seg.Copyset]
+	place := to
+	if m, joins := set.Incoming(to); joins {
+		place = m.Old
+	}
+	at := slices.Index(set.Nodes, place)
+	if at < 0 {
+		return fmt.Errorf("rebuild a shard of segment %v: node %v has no place in copyset %v: %w", seg, to, set.ID, atoll.ErrInvalid)
+	}
+	return n.Rebuild(ctx, seg, shape, epoch, shape.ShardOf(seg.Ordinal, at), to)
+}
+
+// ListNode returns the copies that a node holds of segments of the given
+// copysets; any error means that the list is not whole.
+func (n *Nodes) ListNode(ctx context.Context, id atoll.NodeID, sets map[atoll.CopysetID]bool) ([]wire.SegmentInfo, error) {
+	node, err := n.Node(id)
+	if err != nil {
+		return nil, fmt.Errorf("list segments of node %v: %w", id, err)
+	}
+	var list []wire.SegmentInfo
+	for after := (atoll.SegmentID{}); ; {
+		page, err := node.List(ctx, after, 1000)
+		if err != nil {
+			return list, fmt.Errorf("list segments of node %v: %w", id, err)
+		}
+		for _, s := range page {
+			if sets == nil || sets[s.Seg.Copyset] {
+				list = append(list, s)
+			}
+			after = s.Seg
+		}
+		if len(page) == 0 {
+			return list, nil
+		}
+	}
 }
 
 // Complete brings the unverified copies of a sealed segment to its length,
@@ -305,6 +396,12 @@ func (n *Nodes) Delete(ctx context.Context, seg atoll.SegmentID, epoch atoll.Epo
 	if err != nil {
 		return nil, err
 	}
+	// Nodes that are on their way in may be copying it just now: the fence
+	// keeps them from bringing it back.
+	members = slices.Clone(members)
+	for _, m := range n.catalog.State().Copysets[seg.Copyset].Moves {
+		members = append(members, m.New)
+	}
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
 	defer cancel()
 	errs := make([]error, len(members))
@@ -328,6 +425,16 @@ func (n *Nodes) Delete(ctx context.Context, seg atoll.SegmentID, epoch atoll.Epo
 		return left, fmt.Errorf("delete segment %v: %w", seg, errors.Join(errs...))
 	}
 	return nil, nil
+}
+
+// DeleteCopy removes the copy that one node holds, whether it is a member of the
+// copyset or not, and fences its name there.
+func (n *Nodes) DeleteCopy(ctx context.Context, id atoll.NodeID, seg atoll.SegmentID, epoch atoll.Epoch) error {
+	node, err := n.Node(id)
+	if err != nil {
+		return err
+	}
+	return node.Delete(ctx, seg, epoch)
 }
 
 // Copy is one copy of a segment as a node lists it.

@@ -105,6 +105,7 @@ type Writer struct {
 	timer   *time.Timer
 	armed   time.Duration // when the timer fires; 0 if it does not
 	looked  time.Duration // when it last looked for more nodes
+	asked   time.Duration // when it last looked whether its copyset is being changed
 	recs    []segment.Record
 	crcs    []uint32
 	header  segment.Head
@@ -450,6 +451,7 @@ func (w *Writer) apply(ev event, e *Entry) {
 		w.looked = ev.now
 		ev.whole = w.opts.Nodes.Whole(w.opts.Policy)
 	}
+	w.moveOn(ev)
 	w.core.apply(ev)
 	w.core.settle()
 	for _, fx := range w.core.take() {
@@ -457,6 +459,22 @@ func (w *Writer) apply(ev event, e *Entry) {
 	}
 	if ev.kind == evRecorded {
 		w.segs = slices.DeleteFunc(w.segs, func(s *writerSeg) bool { return s.no == ev.seg })
+	}
+}
+
+// lookEvery is how often a writer with an open segment looks whether to move on.
+const lookEvery = 2 * time.Second
+
+// moveOn rolls when a member of the open segment's copyset is being replaced,
+// which waits until no segment of it is unsealed.
+func (w *Writer) moveOn(ev event) {
+	if ev.now-w.asked < lookEvery/2 || w.core.cur == nil || w.core.rolling == w.core.cur {
+		return
+	}
+	w.asked = ev.now
+	set := w.opts.Nodes.State().Copysets[w.core.cur.id.Copyset]
+	if len(set.Moves) > 0 {
+		w.core.apply(event{kind: evRoll, now: ev.now, valid: ev.valid})
 	}
 }
 
@@ -494,6 +512,11 @@ func (w *Writer) seg(no segNo) *writerSeg {
 // is left alone.
 func (w *Writer) arm() {
 	at, ok := w.core.wake()
+	if w.core.stopped == nil && w.core.cur != nil { // to look whether to move on
+		if soon := w.core.now + lookEvery; !ok || at > soon {
+			at, ok = soon, true
+		}
+	}
 	if !ok || w.armed != 0 && w.armed <= at {
 		return
 	}

@@ -143,7 +143,8 @@ type GetStatusResponse struct {
 	Now              *timestamppb.Timestamp `protobuf:"bytes,15,opt,name=now,proto3" json:"now,omitempty"`
 	Trashed          int32                  `protobuf:"varint,16,opt,name=trashed,proto3" json:"trashed,omitempty"`                         // media in the trash
 	TrashBytes       int64                  `protobuf:"varint,17,opt,name=trash_bytes,json=trashBytes,proto3" json:"trash_bytes,omitempty"` // in their segments, one copy, as far as known
-	Kept             []*KeptMedium          `protobuf:"bytes,18,rep,name=kept,proto3" json:"kept,omitempty"`                                // deleted media whose data clones still need; the first of many
+	Repair           *Repair                `protobuf:"bytes,19,opt,name=repair,proto3" json:"repair,omitempty"`
+	Kept             []*KeptMedium          `protobuf:"bytes,18,rep,name=kept,proto3" json:"kept,omitempty"` // deleted media whose data clones still need; the first of many
 	unknownFields    protoimpl.UnknownFields
 	sizeCache        protoimpl.SizeCache
 }
@@ -297,9 +298,101 @@ func (x *GetStatusResponse) GetTrashBytes() int64 {
 	return 0
 }
 
+func (x *GetStatusResponse) GetRepair() *Repair {
+	if x != nil {
+		return x.Repair
+	}
+	return nil
+}
+
 func (x *GetStatusResponse) GetKept() []*KeptMedium {
 	if x != nil {
 		return x.Kept
+	}
+	return nil
+}
+
+// Repair is how far the replacement of members of copysets is.
+type Repair struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Moves         int32                  `protobuf:"varint,1,opt,name=moves,proto3" json:"moves,omitempty"` // members being replaced
+	Lost          int32                  `protobuf:"varint,2,opt,name=lost,proto3" json:"lost,omitempty"`   // of these, because they are lost or fail
+	Stuck         int32                  `protobuf:"varint,3,opt,name=stuck,proto3" json:"stuck,omitempty"` // copysets with a lost member that no node can take the place of
+	Bytes         int64                  `protobuf:"varint,4,opt,name=bytes,proto3" json:"bytes,omitempty"` // still to be copied, as far as listed
+	Rate          int64                  `protobuf:"varint,5,opt,name=rate,proto3" json:"rate,omitempty"`   // bytes a second
+	Left          *durationpb.Duration   `protobuf:"bytes,6,opt,name=left,proto3" json:"left,omitempty"`    // at that rate
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Repair) Reset() {
+	*x = Repair{}
+	mi := &file_atoll_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Repair) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Repair) ProtoMessage() {}
+
+func (x *Repair) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Repair.ProtoReflect.Descriptor instead.
+func (*Repair) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *Repair) GetMoves() int32 {
+	if x != nil {
+		return x.Moves
+	}
+	return 0
+}
+
+func (x *Repair) GetLost() int32 {
+	if x != nil {
+		return x.Lost
+	}
+	return 0
+}
+
+func (x *Repair) GetStuck() int32 {
+	if x != nil {
+		return x.Stuck
+	}
+	return 0
+}
+
+func (x *Repair) GetBytes() int64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+func (x *Repair) GetRate() int64 {
+	if x != nil {
+		return x.Rate
+	}
+	return 0
+}
+
+func (x *Repair) GetLeft() *durationpb.Duration {
+	if x != nil {
+		return x.Left
 	}
 	return nil
 }
@@ -317,7 +410,7 @@ type KeptMedium struct {
 
 func (x *KeptMedium) Reset() {
 	*x = KeptMedium{}
-	mi := &file_atoll_proto_msgTypes[3]
+	mi := &file_atoll_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -329,7 +422,7 @@ func (x *KeptMedium) String() string {
 func (*KeptMedium) ProtoMessage() {}
 
 func (x *KeptMedium) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[3]
+	mi := &file_atoll_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -342,7 +435,7 @@ func (x *KeptMedium) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeptMedium.ProtoReflect.Descriptor instead.
 func (*KeptMedium) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{3}
+	return file_atoll_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *KeptMedium) GetId() string {
@@ -391,7 +484,7 @@ type Process struct {
 
 func (x *Process) Reset() {
 	*x = Process{}
-	mi := &file_atoll_proto_msgTypes[4]
+	mi := &file_atoll_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -403,7 +496,7 @@ func (x *Process) String() string {
 func (*Process) ProtoMessage() {}
 
 func (x *Process) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[4]
+	mi := &file_atoll_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -416,7 +509,7 @@ func (x *Process) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Process.ProtoReflect.Descriptor instead.
 func (*Process) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{4}
+	return file_atoll_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Process) GetId() string {
@@ -497,7 +590,7 @@ type ListNodesRequest struct {
 
 func (x *ListNodesRequest) Reset() {
 	*x = ListNodesRequest{}
-	mi := &file_atoll_proto_msgTypes[5]
+	mi := &file_atoll_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -509,7 +602,7 @@ func (x *ListNodesRequest) String() string {
 func (*ListNodesRequest) ProtoMessage() {}
 
 func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[5]
+	mi := &file_atoll_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -522,7 +615,7 @@ func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesRequest.ProtoReflect.Descriptor instead.
 func (*ListNodesRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{5}
+	return file_atoll_proto_rawDescGZIP(), []int{6}
 }
 
 type ListNodesResponse struct {
@@ -534,7 +627,7 @@ type ListNodesResponse struct {
 
 func (x *ListNodesResponse) Reset() {
 	*x = ListNodesResponse{}
-	mi := &file_atoll_proto_msgTypes[6]
+	mi := &file_atoll_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -546,7 +639,7 @@ func (x *ListNodesResponse) String() string {
 func (*ListNodesResponse) ProtoMessage() {}
 
 func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[6]
+	mi := &file_atoll_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -559,7 +652,7 @@ func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesResponse.ProtoReflect.Descriptor instead.
 func (*ListNodesResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{6}
+	return file_atoll_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *ListNodesResponse) GetNodes() []*Node {
@@ -586,14 +679,25 @@ type Node struct {
 	OpenSegments  int32                  `protobuf:"varint,13,opt,name=open_segments,json=openSegments,proto3" json:"open_segments,omitempty"`
 	Errors        uint64                 `protobuf:"varint,14,opt,name=errors,proto3" json:"errors,omitempty"`
 	AppendP99     *durationpb.Duration   `protobuf:"bytes,15,opt,name=append_p99,json=appendP99,proto3" json:"append_p99,omitempty"`
-	Path          string                 `protobuf:"bytes,16,opt,name=path,proto3" json:"path,omitempty"` // where the disk is, if the answering server holds it
+	Path          string                 `protobuf:"bytes,16,opt,name=path,proto3" json:"path,omitempty"`                             // where the disk is, if the answering server holds it
+	Copysets      int32                  `protobuf:"varint,17,opt,name=copysets,proto3" json:"copysets,omitempty"`                    // that it is a member of
+	Leaving       int32                  `protobuf:"varint,18,opt,name=leaving,proto3" json:"leaving,omitempty"`                      // of these, in how many others are taking its place
+	Joining       int32                  `protobuf:"varint,19,opt,name=joining,proto3" json:"joining,omitempty"`                      // copysets that it is to become a member of
+	CopyBytes     int64                  `protobuf:"varint,20,opt,name=copy_bytes,json=copyBytes,proto3" json:"copy_bytes,omitempty"` // it still has to copy for that, as far as listed
+	CopiedBytes   int64                  `protobuf:"varint,21,opt,name=copied_bytes,json=copiedBytes,proto3" json:"copied_bytes,omitempty"`
+	CopyRate      int64                  `protobuf:"varint,22,opt,name=copy_rate,json=copyRate,proto3" json:"copy_rate,omitempty"`          // bytes a second
+	CopyWaiting   int32                  `protobuf:"varint,23,opt,name=copy_waiting,json=copyWaiting,proto3" json:"copy_waiting,omitempty"` // segments whose owner has to settle them first
+	CopyError     string                 `protobuf:"bytes,24,opt,name=copy_error,json=copyError,proto3" json:"copy_error,omitempty"`
+	StrayBytes    int64                  `protobuf:"varint,25,opt,name=stray_bytes,json=strayBytes,proto3" json:"stray_bytes,omitempty"` // copies that are to go
+	DownSince     *timestamppb.Timestamp `protobuf:"bytes,26,opt,name=down_since,json=downSince,proto3" json:"down_since,omitempty"`
+	Heir          uint32                 `protobuf:"varint,27,opt,name=heir,proto3" json:"heir,omitempty"` // takes its place while it is drained
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Node) Reset() {
 	*x = Node{}
-	mi := &file_atoll_proto_msgTypes[7]
+	mi := &file_atoll_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -605,7 +709,7 @@ func (x *Node) String() string {
 func (*Node) ProtoMessage() {}
 
 func (x *Node) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[7]
+	mi := &file_atoll_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -618,7 +722,7 @@ func (x *Node) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Node.ProtoReflect.Descriptor instead.
 func (*Node) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{7}
+	return file_atoll_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Node) GetId() uint32 {
@@ -733,6 +837,143 @@ func (x *Node) GetPath() string {
 	return ""
 }
 
+func (x *Node) GetCopysets() int32 {
+	if x != nil {
+		return x.Copysets
+	}
+	return 0
+}
+
+func (x *Node) GetLeaving() int32 {
+	if x != nil {
+		return x.Leaving
+	}
+	return 0
+}
+
+func (x *Node) GetJoining() int32 {
+	if x != nil {
+		return x.Joining
+	}
+	return 0
+}
+
+func (x *Node) GetCopyBytes() int64 {
+	if x != nil {
+		return x.CopyBytes
+	}
+	return 0
+}
+
+func (x *Node) GetCopiedBytes() int64 {
+	if x != nil {
+		return x.CopiedBytes
+	}
+	return 0
+}
+
+func (x *Node) GetCopyRate() int64 {
+	if x != nil {
+		return x.CopyRate
+	}
+	return 0
+}
+
+func (x *Node) GetCopyWaiting() int32 {
+	if x != nil {
+		return x.CopyWaiting
+	}
+	return 0
+}
+
+func (x *Node) GetCopyError() string {
+	if x != nil {
+		return x.CopyError
+	}
+	return ""
+}
+
+func (x *Node) GetStrayBytes() int64 {
+	if x != nil {
+		return x.StrayBytes
+	}
+	return 0
+}
+
+func (x *Node) GetDownSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.DownSince
+	}
+	return nil
+}
+
+func (x *Node) GetHeir() uint32 {
+	if x != nil {
+		return x.Heir
+	}
+	return 0
+}
+
+type SetNodeRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            uint32                 `protobuf:"varint,1,opt,name=id,proto3" json:"id,omitempty"`
+	State         string                 `protobuf:"bytes,2,opt,name=state,proto3" json:"state,omitempty"` // active, draining or removed
+	Heir          uint32                 `protobuf:"varint,3,opt,name=heir,proto3" json:"heir,omitempty"`  // of a draining node: the one to take its place where that can be
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetNodeRequest) Reset() {
+	*x = SetNodeRequest{}
+	mi := &file_atoll_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetNodeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetNodeRequest) ProtoMessage() {}
+
+func (x *SetNodeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_atoll_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetNodeRequest.ProtoReflect.Descriptor instead.
+func (*SetNodeRequest) Descriptor() ([]byte, []int) {
+	return file_atoll_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *SetNodeRequest) GetId() uint32 {
+	if x != nil {
+		return x.Id
+	}
+	return 0
+}
+
+func (x *SetNodeRequest) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *SetNodeRequest) GetHeir() uint32 {
+	if x != nil {
+		return x.Heir
+	}
+	return 0
+}
+
 type GetConfigRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -741,7 +982,7 @@ type GetConfigRequest struct {
 
 func (x *GetConfigRequest) Reset() {
 	*x = GetConfigRequest{}
-	mi := &file_atoll_proto_msgTypes[8]
+	mi := &file_atoll_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -753,7 +994,7 @@ func (x *GetConfigRequest) String() string {
 func (*GetConfigRequest) ProtoMessage() {}
 
 func (x *GetConfigRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[8]
+	mi := &file_atoll_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -766,7 +1007,7 @@ func (x *GetConfigRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetConfigRequest.ProtoReflect.Descriptor instead.
 func (*GetConfigRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{8}
+	return file_atoll_proto_rawDescGZIP(), []int{10}
 }
 
 type GetConfigResponse struct {
@@ -778,7 +1019,7 @@ type GetConfigResponse struct {
 
 func (x *GetConfigResponse) Reset() {
 	*x = GetConfigResponse{}
-	mi := &file_atoll_proto_msgTypes[9]
+	mi := &file_atoll_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -790,7 +1031,7 @@ func (x *GetConfigResponse) String() string {
 func (*GetConfigResponse) ProtoMessage() {}
 
 func (x *GetConfigResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[9]
+	mi := &file_atoll_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -803,7 +1044,7 @@ func (x *GetConfigResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetConfigResponse.ProtoReflect.Descriptor instead.
 func (*GetConfigResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{9}
+	return file_atoll_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *GetConfigResponse) GetSettings() []*Setting {
@@ -824,7 +1065,7 @@ type Setting struct {
 
 func (x *Setting) Reset() {
 	*x = Setting{}
-	mi := &file_atoll_proto_msgTypes[10]
+	mi := &file_atoll_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -836,7 +1077,7 @@ func (x *Setting) String() string {
 func (*Setting) ProtoMessage() {}
 
 func (x *Setting) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[10]
+	mi := &file_atoll_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -849,7 +1090,7 @@ func (x *Setting) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Setting.ProtoReflect.Descriptor instead.
 func (*Setting) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{10}
+	return file_atoll_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Setting) GetKey() string {
@@ -881,7 +1122,7 @@ type DiagnoseRequest struct {
 
 func (x *DiagnoseRequest) Reset() {
 	*x = DiagnoseRequest{}
-	mi := &file_atoll_proto_msgTypes[11]
+	mi := &file_atoll_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -893,7 +1134,7 @@ func (x *DiagnoseRequest) String() string {
 func (*DiagnoseRequest) ProtoMessage() {}
 
 func (x *DiagnoseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[11]
+	mi := &file_atoll_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -906,7 +1147,7 @@ func (x *DiagnoseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiagnoseRequest.ProtoReflect.Descriptor instead.
 func (*DiagnoseRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{11}
+	return file_atoll_proto_rawDescGZIP(), []int{13}
 }
 
 type DiagnoseResponse struct {
@@ -918,7 +1159,7 @@ type DiagnoseResponse struct {
 
 func (x *DiagnoseResponse) Reset() {
 	*x = DiagnoseResponse{}
-	mi := &file_atoll_proto_msgTypes[12]
+	mi := &file_atoll_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -930,7 +1171,7 @@ func (x *DiagnoseResponse) String() string {
 func (*DiagnoseResponse) ProtoMessage() {}
 
 func (x *DiagnoseResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[12]
+	mi := &file_atoll_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -943,7 +1184,7 @@ func (x *DiagnoseResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiagnoseResponse.ProtoReflect.Descriptor instead.
 func (*DiagnoseResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{12}
+	return file_atoll_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *DiagnoseResponse) GetFindings() []*Finding {
@@ -964,7 +1205,7 @@ type Finding struct {
 
 func (x *Finding) Reset() {
 	*x = Finding{}
-	mi := &file_atoll_proto_msgTypes[13]
+	mi := &file_atoll_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -976,7 +1217,7 @@ func (x *Finding) String() string {
 func (*Finding) ProtoMessage() {}
 
 func (x *Finding) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[13]
+	mi := &file_atoll_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -989,7 +1230,7 @@ func (x *Finding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Finding.ProtoReflect.Descriptor instead.
 func (*Finding) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{13}
+	return file_atoll_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Finding) GetLevel() string {
@@ -1022,7 +1263,7 @@ type CreateTokenRequest struct {
 
 func (x *CreateTokenRequest) Reset() {
 	*x = CreateTokenRequest{}
-	mi := &file_atoll_proto_msgTypes[14]
+	mi := &file_atoll_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1034,7 +1275,7 @@ func (x *CreateTokenRequest) String() string {
 func (*CreateTokenRequest) ProtoMessage() {}
 
 func (x *CreateTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[14]
+	mi := &file_atoll_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1047,7 +1288,7 @@ func (x *CreateTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTokenRequest.ProtoReflect.Descriptor instead.
 func (*CreateTokenRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{14}
+	return file_atoll_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *CreateTokenRequest) GetTtl() *durationpb.Duration {
@@ -1067,7 +1308,7 @@ type CreateTokenResponse struct {
 
 func (x *CreateTokenResponse) Reset() {
 	*x = CreateTokenResponse{}
-	mi := &file_atoll_proto_msgTypes[15]
+	mi := &file_atoll_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1079,7 +1320,7 @@ func (x *CreateTokenResponse) String() string {
 func (*CreateTokenResponse) ProtoMessage() {}
 
 func (x *CreateTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[15]
+	mi := &file_atoll_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1092,7 +1333,7 @@ func (x *CreateTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTokenResponse.ProtoReflect.Descriptor instead.
 func (*CreateTokenResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{15}
+	return file_atoll_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *CreateTokenResponse) GetToken() string {
@@ -1122,7 +1363,7 @@ type JoinRequest struct {
 
 func (x *JoinRequest) Reset() {
 	*x = JoinRequest{}
-	mi := &file_atoll_proto_msgTypes[16]
+	mi := &file_atoll_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1134,7 +1375,7 @@ func (x *JoinRequest) String() string {
 func (*JoinRequest) ProtoMessage() {}
 
 func (x *JoinRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[16]
+	mi := &file_atoll_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1147,7 +1388,7 @@ func (x *JoinRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinRequest.ProtoReflect.Descriptor instead.
 func (*JoinRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{16}
+	return file_atoll_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *JoinRequest) GetToken() string {
@@ -1199,7 +1440,7 @@ type JoinResponse struct {
 
 func (x *JoinResponse) Reset() {
 	*x = JoinResponse{}
-	mi := &file_atoll_proto_msgTypes[17]
+	mi := &file_atoll_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1211,7 +1452,7 @@ func (x *JoinResponse) String() string {
 func (*JoinResponse) ProtoMessage() {}
 
 func (x *JoinResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[17]
+	mi := &file_atoll_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1224,7 +1465,7 @@ func (x *JoinResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinResponse.ProtoReflect.Descriptor instead.
 func (*JoinResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{17}
+	return file_atoll_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *JoinResponse) GetCertificate() []byte {
@@ -1310,7 +1551,7 @@ type Volume struct {
 
 func (x *Volume) Reset() {
 	*x = Volume{}
-	mi := &file_atoll_proto_msgTypes[18]
+	mi := &file_atoll_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1322,7 +1563,7 @@ func (x *Volume) String() string {
 func (*Volume) ProtoMessage() {}
 
 func (x *Volume) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[18]
+	mi := &file_atoll_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1335,7 +1576,7 @@ func (x *Volume) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Volume.ProtoReflect.Descriptor instead.
 func (*Volume) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{18}
+	return file_atoll_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Volume) GetId() string {
@@ -1573,7 +1814,7 @@ type CreateVolumeRequest struct {
 
 func (x *CreateVolumeRequest) Reset() {
 	*x = CreateVolumeRequest{}
-	mi := &file_atoll_proto_msgTypes[19]
+	mi := &file_atoll_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1585,7 +1826,7 @@ func (x *CreateVolumeRequest) String() string {
 func (*CreateVolumeRequest) ProtoMessage() {}
 
 func (x *CreateVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[19]
+	mi := &file_atoll_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1598,7 +1839,7 @@ func (x *CreateVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateVolumeRequest.ProtoReflect.Descriptor instead.
 func (*CreateVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{19}
+	return file_atoll_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *CreateVolumeRequest) GetName() string {
@@ -1681,7 +1922,7 @@ type SetRedundancyRequest struct {
 
 func (x *SetRedundancyRequest) Reset() {
 	*x = SetRedundancyRequest{}
-	mi := &file_atoll_proto_msgTypes[20]
+	mi := &file_atoll_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1693,7 +1934,7 @@ func (x *SetRedundancyRequest) String() string {
 func (*SetRedundancyRequest) ProtoMessage() {}
 
 func (x *SetRedundancyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[20]
+	mi := &file_atoll_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1706,7 +1947,7 @@ func (x *SetRedundancyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetRedundancyRequest.ProtoReflect.Descriptor instead.
 func (*SetRedundancyRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{20}
+	return file_atoll_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *SetRedundancyRequest) GetName() string {
@@ -1733,7 +1974,7 @@ type ListVolumesRequest struct {
 
 func (x *ListVolumesRequest) Reset() {
 	*x = ListVolumesRequest{}
-	mi := &file_atoll_proto_msgTypes[21]
+	mi := &file_atoll_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1745,7 +1986,7 @@ func (x *ListVolumesRequest) String() string {
 func (*ListVolumesRequest) ProtoMessage() {}
 
 func (x *ListVolumesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[21]
+	mi := &file_atoll_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1758,7 +1999,7 @@ func (x *ListVolumesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListVolumesRequest.ProtoReflect.Descriptor instead.
 func (*ListVolumesRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{21}
+	return file_atoll_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ListVolumesRequest) GetAfter() string {
@@ -1785,7 +2026,7 @@ type ListVolumesResponse struct {
 
 func (x *ListVolumesResponse) Reset() {
 	*x = ListVolumesResponse{}
-	mi := &file_atoll_proto_msgTypes[22]
+	mi := &file_atoll_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1797,7 +2038,7 @@ func (x *ListVolumesResponse) String() string {
 func (*ListVolumesResponse) ProtoMessage() {}
 
 func (x *ListVolumesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[22]
+	mi := &file_atoll_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1810,7 +2051,7 @@ func (x *ListVolumesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListVolumesResponse.ProtoReflect.Descriptor instead.
 func (*ListVolumesResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{22}
+	return file_atoll_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ListVolumesResponse) GetVolumes() []*Volume {
@@ -1837,7 +2078,7 @@ type GetVolumeRequest struct {
 
 func (x *GetVolumeRequest) Reset() {
 	*x = GetVolumeRequest{}
-	mi := &file_atoll_proto_msgTypes[23]
+	mi := &file_atoll_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1849,7 +2090,7 @@ func (x *GetVolumeRequest) String() string {
 func (*GetVolumeRequest) ProtoMessage() {}
 
 func (x *GetVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[23]
+	mi := &file_atoll_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1862,7 +2103,7 @@ func (x *GetVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetVolumeRequest.ProtoReflect.Descriptor instead.
 func (*GetVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{23}
+	return file_atoll_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *GetVolumeRequest) GetName() string {
@@ -1890,7 +2131,7 @@ type ResizeVolumeRequest struct {
 
 func (x *ResizeVolumeRequest) Reset() {
 	*x = ResizeVolumeRequest{}
-	mi := &file_atoll_proto_msgTypes[24]
+	mi := &file_atoll_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1902,7 +2143,7 @@ func (x *ResizeVolumeRequest) String() string {
 func (*ResizeVolumeRequest) ProtoMessage() {}
 
 func (x *ResizeVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[24]
+	mi := &file_atoll_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1915,7 +2156,7 @@ func (x *ResizeVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeVolumeRequest.ProtoReflect.Descriptor instead.
 func (*ResizeVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{24}
+	return file_atoll_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ResizeVolumeRequest) GetName() string {
@@ -1950,7 +2191,7 @@ type DeleteVolumeRequest struct {
 
 func (x *DeleteVolumeRequest) Reset() {
 	*x = DeleteVolumeRequest{}
-	mi := &file_atoll_proto_msgTypes[25]
+	mi := &file_atoll_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1962,7 +2203,7 @@ func (x *DeleteVolumeRequest) String() string {
 func (*DeleteVolumeRequest) ProtoMessage() {}
 
 func (x *DeleteVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[25]
+	mi := &file_atoll_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1975,7 +2216,7 @@ func (x *DeleteVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteVolumeRequest.ProtoReflect.Descriptor instead.
 func (*DeleteVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{25}
+	return file_atoll_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *DeleteVolumeRequest) GetName() string {
@@ -2010,7 +2251,7 @@ type DeleteVolumeResponse struct {
 
 func (x *DeleteVolumeResponse) Reset() {
 	*x = DeleteVolumeResponse{}
-	mi := &file_atoll_proto_msgTypes[26]
+	mi := &file_atoll_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2022,7 +2263,7 @@ func (x *DeleteVolumeResponse) String() string {
 func (*DeleteVolumeResponse) ProtoMessage() {}
 
 func (x *DeleteVolumeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[26]
+	mi := &file_atoll_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2035,7 +2276,7 @@ func (x *DeleteVolumeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteVolumeResponse.ProtoReflect.Descriptor instead.
 func (*DeleteVolumeResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{26}
+	return file_atoll_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *DeleteVolumeResponse) GetBytes() int64 {
@@ -2070,7 +2311,7 @@ type CheckVolumeRequest struct {
 
 func (x *CheckVolumeRequest) Reset() {
 	*x = CheckVolumeRequest{}
-	mi := &file_atoll_proto_msgTypes[27]
+	mi := &file_atoll_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2082,7 +2323,7 @@ func (x *CheckVolumeRequest) String() string {
 func (*CheckVolumeRequest) ProtoMessage() {}
 
 func (x *CheckVolumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[27]
+	mi := &file_atoll_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2095,7 +2336,7 @@ func (x *CheckVolumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckVolumeRequest.ProtoReflect.Descriptor instead.
 func (*CheckVolumeRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{27}
+	return file_atoll_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *CheckVolumeRequest) GetName() string {
@@ -2134,7 +2375,7 @@ type CheckVolumeResponse struct {
 
 func (x *CheckVolumeResponse) Reset() {
 	*x = CheckVolumeResponse{}
-	mi := &file_atoll_proto_msgTypes[28]
+	mi := &file_atoll_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2146,7 +2387,7 @@ func (x *CheckVolumeResponse) String() string {
 func (*CheckVolumeResponse) ProtoMessage() {}
 
 func (x *CheckVolumeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[28]
+	mi := &file_atoll_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2159,7 +2400,7 @@ func (x *CheckVolumeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckVolumeResponse.ProtoReflect.Descriptor instead.
 func (*CheckVolumeResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{28}
+	return file_atoll_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *CheckVolumeResponse) GetBlocks() int64 {
@@ -2237,7 +2478,7 @@ type Version struct {
 
 func (x *Version) Reset() {
 	*x = Version{}
-	mi := &file_atoll_proto_msgTypes[29]
+	mi := &file_atoll_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2249,7 +2490,7 @@ func (x *Version) String() string {
 func (*Version) ProtoMessage() {}
 
 func (x *Version) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[29]
+	mi := &file_atoll_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2262,7 +2503,7 @@ func (x *Version) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Version.ProtoReflect.Descriptor instead.
 func (*Version) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{29}
+	return file_atoll_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Version) GetNumber() uint64 {
@@ -2404,7 +2645,7 @@ type CreateVersionRequest struct {
 
 func (x *CreateVersionRequest) Reset() {
 	*x = CreateVersionRequest{}
-	mi := &file_atoll_proto_msgTypes[30]
+	mi := &file_atoll_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2416,7 +2657,7 @@ func (x *CreateVersionRequest) String() string {
 func (*CreateVersionRequest) ProtoMessage() {}
 
 func (x *CreateVersionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[30]
+	mi := &file_atoll_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2429,7 +2670,7 @@ func (x *CreateVersionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateVersionRequest.ProtoReflect.Descriptor instead.
 func (*CreateVersionRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{30}
+	return file_atoll_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *CreateVersionRequest) GetMedia() []string {
@@ -2476,7 +2717,7 @@ type CreateVersionResponse struct {
 
 func (x *CreateVersionResponse) Reset() {
 	*x = CreateVersionResponse{}
-	mi := &file_atoll_proto_msgTypes[31]
+	mi := &file_atoll_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2488,7 +2729,7 @@ func (x *CreateVersionResponse) String() string {
 func (*CreateVersionResponse) ProtoMessage() {}
 
 func (x *CreateVersionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[31]
+	mi := &file_atoll_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2501,7 +2742,7 @@ func (x *CreateVersionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateVersionResponse.ProtoReflect.Descriptor instead.
 func (*CreateVersionResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{31}
+	return file_atoll_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *CreateVersionResponse) GetVersions() []*Version {
@@ -2522,7 +2763,7 @@ type ListVersionsRequest struct {
 
 func (x *ListVersionsRequest) Reset() {
 	*x = ListVersionsRequest{}
-	mi := &file_atoll_proto_msgTypes[32]
+	mi := &file_atoll_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2534,7 +2775,7 @@ func (x *ListVersionsRequest) String() string {
 func (*ListVersionsRequest) ProtoMessage() {}
 
 func (x *ListVersionsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[32]
+	mi := &file_atoll_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2547,7 +2788,7 @@ func (x *ListVersionsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListVersionsRequest.ProtoReflect.Descriptor instead.
 func (*ListVersionsRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{32}
+	return file_atoll_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *ListVersionsRequest) GetName() string {
@@ -2583,7 +2824,7 @@ type ListVersionsResponse struct {
 
 func (x *ListVersionsResponse) Reset() {
 	*x = ListVersionsResponse{}
-	mi := &file_atoll_proto_msgTypes[33]
+	mi := &file_atoll_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2595,7 +2836,7 @@ func (x *ListVersionsResponse) String() string {
 func (*ListVersionsResponse) ProtoMessage() {}
 
 func (x *ListVersionsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[33]
+	mi := &file_atoll_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2608,7 +2849,7 @@ func (x *ListVersionsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListVersionsResponse.ProtoReflect.Descriptor instead.
 func (*ListVersionsResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{33}
+	return file_atoll_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *ListVersionsResponse) GetVersions() []*Version {
@@ -2651,7 +2892,7 @@ type UpdateVersionRequest struct {
 
 func (x *UpdateVersionRequest) Reset() {
 	*x = UpdateVersionRequest{}
-	mi := &file_atoll_proto_msgTypes[34]
+	mi := &file_atoll_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2663,7 +2904,7 @@ func (x *UpdateVersionRequest) String() string {
 func (*UpdateVersionRequest) ProtoMessage() {}
 
 func (x *UpdateVersionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[34]
+	mi := &file_atoll_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2676,7 +2917,7 @@ func (x *UpdateVersionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateVersionRequest.ProtoReflect.Descriptor instead.
 func (*UpdateVersionRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{34}
+	return file_atoll_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *UpdateVersionRequest) GetName() string {
@@ -2718,7 +2959,7 @@ type DeleteVersionRequest struct {
 
 func (x *DeleteVersionRequest) Reset() {
 	*x = DeleteVersionRequest{}
-	mi := &file_atoll_proto_msgTypes[35]
+	mi := &file_atoll_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2730,7 +2971,7 @@ func (x *DeleteVersionRequest) String() string {
 func (*DeleteVersionRequest) ProtoMessage() {}
 
 func (x *DeleteVersionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[35]
+	mi := &file_atoll_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2743,7 +2984,7 @@ func (x *DeleteVersionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteVersionRequest.ProtoReflect.Descriptor instead.
 func (*DeleteVersionRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{35}
+	return file_atoll_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *DeleteVersionRequest) GetName() string {
@@ -2777,7 +3018,7 @@ type DeleteVersionResponse struct {
 
 func (x *DeleteVersionResponse) Reset() {
 	*x = DeleteVersionResponse{}
-	mi := &file_atoll_proto_msgTypes[36]
+	mi := &file_atoll_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2789,7 +3030,7 @@ func (x *DeleteVersionResponse) String() string {
 func (*DeleteVersionResponse) ProtoMessage() {}
 
 func (x *DeleteVersionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[36]
+	mi := &file_atoll_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2802,7 +3043,7 @@ func (x *DeleteVersionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteVersionResponse.ProtoReflect.Descriptor instead.
 func (*DeleteVersionResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{36}
+	return file_atoll_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *DeleteVersionResponse) GetBytes() int64 {
@@ -2828,7 +3069,7 @@ type ReleaseVersionRequest struct {
 
 func (x *ReleaseVersionRequest) Reset() {
 	*x = ReleaseVersionRequest{}
-	mi := &file_atoll_proto_msgTypes[37]
+	mi := &file_atoll_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2840,7 +3081,7 @@ func (x *ReleaseVersionRequest) String() string {
 func (*ReleaseVersionRequest) ProtoMessage() {}
 
 func (x *ReleaseVersionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[37]
+	mi := &file_atoll_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2853,7 +3094,7 @@ func (x *ReleaseVersionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseVersionRequest.ProtoReflect.Descriptor instead.
 func (*ReleaseVersionRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{37}
+	return file_atoll_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *ReleaseVersionRequest) GetName() string {
@@ -2873,7 +3114,7 @@ type RestoreVersionRequest struct {
 
 func (x *RestoreVersionRequest) Reset() {
 	*x = RestoreVersionRequest{}
-	mi := &file_atoll_proto_msgTypes[38]
+	mi := &file_atoll_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2885,7 +3126,7 @@ func (x *RestoreVersionRequest) String() string {
 func (*RestoreVersionRequest) ProtoMessage() {}
 
 func (x *RestoreVersionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[38]
+	mi := &file_atoll_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2898,7 +3139,7 @@ func (x *RestoreVersionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreVersionRequest.ProtoReflect.Descriptor instead.
 func (*RestoreVersionRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{38}
+	return file_atoll_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *RestoreVersionRequest) GetName() string {
@@ -2925,7 +3166,7 @@ type RestoreVersionResponse struct {
 
 func (x *RestoreVersionResponse) Reset() {
 	*x = RestoreVersionResponse{}
-	mi := &file_atoll_proto_msgTypes[39]
+	mi := &file_atoll_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2937,7 +3178,7 @@ func (x *RestoreVersionResponse) String() string {
 func (*RestoreVersionResponse) ProtoMessage() {}
 
 func (x *RestoreVersionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[39]
+	mi := &file_atoll_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2950,7 +3191,7 @@ func (x *RestoreVersionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreVersionResponse.ProtoReflect.Descriptor instead.
 func (*RestoreVersionResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{39}
+	return file_atoll_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *RestoreVersionResponse) GetVersion() *Version {
@@ -2981,7 +3222,7 @@ type CloneVersionRequest struct {
 
 func (x *CloneVersionRequest) Reset() {
 	*x = CloneVersionRequest{}
-	mi := &file_atoll_proto_msgTypes[40]
+	mi := &file_atoll_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2993,7 +3234,7 @@ func (x *CloneVersionRequest) String() string {
 func (*CloneVersionRequest) ProtoMessage() {}
 
 func (x *CloneVersionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[40]
+	mi := &file_atoll_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3006,7 +3247,7 @@ func (x *CloneVersionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloneVersionRequest.ProtoReflect.Descriptor instead.
 func (*CloneVersionRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{40}
+	return file_atoll_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *CloneVersionRequest) GetSource() string {
@@ -3060,7 +3301,7 @@ type FlattenRequest struct {
 
 func (x *FlattenRequest) Reset() {
 	*x = FlattenRequest{}
-	mi := &file_atoll_proto_msgTypes[41]
+	mi := &file_atoll_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3072,7 +3313,7 @@ func (x *FlattenRequest) String() string {
 func (*FlattenRequest) ProtoMessage() {}
 
 func (x *FlattenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[41]
+	mi := &file_atoll_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3085,7 +3326,7 @@ func (x *FlattenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FlattenRequest.ProtoReflect.Descriptor instead.
 func (*FlattenRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{41}
+	return file_atoll_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *FlattenRequest) GetName() string {
@@ -3105,7 +3346,7 @@ type ListChildrenRequest struct {
 
 func (x *ListChildrenRequest) Reset() {
 	*x = ListChildrenRequest{}
-	mi := &file_atoll_proto_msgTypes[42]
+	mi := &file_atoll_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3117,7 +3358,7 @@ func (x *ListChildrenRequest) String() string {
 func (*ListChildrenRequest) ProtoMessage() {}
 
 func (x *ListChildrenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[42]
+	mi := &file_atoll_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3130,7 +3371,7 @@ func (x *ListChildrenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListChildrenRequest.ProtoReflect.Descriptor instead.
 func (*ListChildrenRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{42}
+	return file_atoll_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *ListChildrenRequest) GetName() string {
@@ -3156,7 +3397,7 @@ type ListChildrenResponse struct {
 
 func (x *ListChildrenResponse) Reset() {
 	*x = ListChildrenResponse{}
-	mi := &file_atoll_proto_msgTypes[43]
+	mi := &file_atoll_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3168,7 +3409,7 @@ func (x *ListChildrenResponse) String() string {
 func (*ListChildrenResponse) ProtoMessage() {}
 
 func (x *ListChildrenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[43]
+	mi := &file_atoll_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3181,7 +3422,7 @@ func (x *ListChildrenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListChildrenResponse.ProtoReflect.Descriptor instead.
 func (*ListChildrenResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{43}
+	return file_atoll_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *ListChildrenResponse) GetChildren() []*Child {
@@ -3204,7 +3445,7 @@ type Child struct {
 
 func (x *Child) Reset() {
 	*x = Child{}
-	mi := &file_atoll_proto_msgTypes[44]
+	mi := &file_atoll_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3216,7 +3457,7 @@ func (x *Child) String() string {
 func (*Child) ProtoMessage() {}
 
 func (x *Child) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[44]
+	mi := &file_atoll_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3229,7 +3470,7 @@ func (x *Child) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Child.ProtoReflect.Descriptor instead.
 func (*Child) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{44}
+	return file_atoll_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *Child) GetName() string {
@@ -3279,7 +3520,7 @@ type DiffRequest struct {
 
 func (x *DiffRequest) Reset() {
 	*x = DiffRequest{}
-	mi := &file_atoll_proto_msgTypes[45]
+	mi := &file_atoll_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3291,7 +3532,7 @@ func (x *DiffRequest) String() string {
 func (*DiffRequest) ProtoMessage() {}
 
 func (x *DiffRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[45]
+	mi := &file_atoll_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3304,7 +3545,7 @@ func (x *DiffRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiffRequest.ProtoReflect.Descriptor instead.
 func (*DiffRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{45}
+	return file_atoll_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *DiffRequest) GetName() string {
@@ -3345,7 +3586,7 @@ type DiffResponse struct {
 
 func (x *DiffResponse) Reset() {
 	*x = DiffResponse{}
-	mi := &file_atoll_proto_msgTypes[46]
+	mi := &file_atoll_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3357,7 +3598,7 @@ func (x *DiffResponse) String() string {
 func (*DiffResponse) ProtoMessage() {}
 
 func (x *DiffResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[46]
+	mi := &file_atoll_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3370,7 +3611,7 @@ func (x *DiffResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiffResponse.ProtoReflect.Descriptor instead.
 func (*DiffResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{46}
+	return file_atoll_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *DiffResponse) GetExtents() []*Extent {
@@ -3398,7 +3639,7 @@ type Extent struct {
 
 func (x *Extent) Reset() {
 	*x = Extent{}
-	mi := &file_atoll_proto_msgTypes[47]
+	mi := &file_atoll_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3410,7 +3651,7 @@ func (x *Extent) String() string {
 func (*Extent) ProtoMessage() {}
 
 func (x *Extent) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[47]
+	mi := &file_atoll_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3423,7 +3664,7 @@ func (x *Extent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Extent.ProtoReflect.Descriptor instead.
 func (*Extent) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{47}
+	return file_atoll_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *Extent) GetOffset() int64 {
@@ -3457,7 +3698,7 @@ type SetScheduleRequest struct {
 
 func (x *SetScheduleRequest) Reset() {
 	*x = SetScheduleRequest{}
-	mi := &file_atoll_proto_msgTypes[48]
+	mi := &file_atoll_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3469,7 +3710,7 @@ func (x *SetScheduleRequest) String() string {
 func (*SetScheduleRequest) ProtoMessage() {}
 
 func (x *SetScheduleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[48]
+	mi := &file_atoll_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3482,7 +3723,7 @@ func (x *SetScheduleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetScheduleRequest.ProtoReflect.Descriptor instead.
 func (*SetScheduleRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{48}
+	return file_atoll_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *SetScheduleRequest) GetName() string {
@@ -3508,7 +3749,7 @@ type SetScheduleResponse struct {
 
 func (x *SetScheduleResponse) Reset() {
 	*x = SetScheduleResponse{}
-	mi := &file_atoll_proto_msgTypes[49]
+	mi := &file_atoll_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3520,7 +3761,7 @@ func (x *SetScheduleResponse) String() string {
 func (*SetScheduleResponse) ProtoMessage() {}
 
 func (x *SetScheduleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[49]
+	mi := &file_atoll_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3533,7 +3774,7 @@ func (x *SetScheduleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetScheduleResponse.ProtoReflect.Descriptor instead.
 func (*SetScheduleResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{49}
+	return file_atoll_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *SetScheduleResponse) GetSchedule() string {
@@ -3555,7 +3796,7 @@ type BeginImportRequest struct {
 
 func (x *BeginImportRequest) Reset() {
 	*x = BeginImportRequest{}
-	mi := &file_atoll_proto_msgTypes[50]
+	mi := &file_atoll_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3567,7 +3808,7 @@ func (x *BeginImportRequest) String() string {
 func (*BeginImportRequest) ProtoMessage() {}
 
 func (x *BeginImportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[50]
+	mi := &file_atoll_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3580,7 +3821,7 @@ func (x *BeginImportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BeginImportRequest.ProtoReflect.Descriptor instead.
 func (*BeginImportRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{50}
+	return file_atoll_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *BeginImportRequest) GetName() string {
@@ -3622,7 +3863,7 @@ type BeginImportResponse struct {
 
 func (x *BeginImportResponse) Reset() {
 	*x = BeginImportResponse{}
-	mi := &file_atoll_proto_msgTypes[51]
+	mi := &file_atoll_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3634,7 +3875,7 @@ func (x *BeginImportResponse) String() string {
 func (*BeginImportResponse) ProtoMessage() {}
 
 func (x *BeginImportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[51]
+	mi := &file_atoll_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3647,7 +3888,7 @@ func (x *BeginImportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BeginImportResponse.ProtoReflect.Descriptor instead.
 func (*BeginImportResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{51}
+	return file_atoll_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *BeginImportResponse) GetImportId() string {
@@ -3685,7 +3926,7 @@ type CommitImportRequest struct {
 
 func (x *CommitImportRequest) Reset() {
 	*x = CommitImportRequest{}
-	mi := &file_atoll_proto_msgTypes[52]
+	mi := &file_atoll_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3697,7 +3938,7 @@ func (x *CommitImportRequest) String() string {
 func (*CommitImportRequest) ProtoMessage() {}
 
 func (x *CommitImportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[52]
+	mi := &file_atoll_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3710,7 +3951,7 @@ func (x *CommitImportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CommitImportRequest.ProtoReflect.Descriptor instead.
 func (*CommitImportRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{52}
+	return file_atoll_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *CommitImportRequest) GetImportId() string {
@@ -3765,7 +4006,7 @@ type AbortImportRequest struct {
 
 func (x *AbortImportRequest) Reset() {
 	*x = AbortImportRequest{}
-	mi := &file_atoll_proto_msgTypes[53]
+	mi := &file_atoll_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3777,7 +4018,7 @@ func (x *AbortImportRequest) String() string {
 func (*AbortImportRequest) ProtoMessage() {}
 
 func (x *AbortImportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[53]
+	mi := &file_atoll_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3790,7 +4031,7 @@ func (x *AbortImportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortImportRequest.ProtoReflect.Descriptor instead.
 func (*AbortImportRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{53}
+	return file_atoll_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *AbortImportRequest) GetImportId() string {
@@ -3815,7 +4056,7 @@ type AbortImportResponse struct {
 
 func (x *AbortImportResponse) Reset() {
 	*x = AbortImportResponse{}
-	mi := &file_atoll_proto_msgTypes[54]
+	mi := &file_atoll_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3827,7 +4068,7 @@ func (x *AbortImportResponse) String() string {
 func (*AbortImportResponse) ProtoMessage() {}
 
 func (x *AbortImportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[54]
+	mi := &file_atoll_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3840,7 +4081,7 @@ func (x *AbortImportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AbortImportResponse.ProtoReflect.Descriptor instead.
 func (*AbortImportResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{54}
+	return file_atoll_proto_rawDescGZIP(), []int{56}
 }
 
 type KeepImportRequest struct {
@@ -3853,7 +4094,7 @@ type KeepImportRequest struct {
 
 func (x *KeepImportRequest) Reset() {
 	*x = KeepImportRequest{}
-	mi := &file_atoll_proto_msgTypes[55]
+	mi := &file_atoll_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3865,7 +4106,7 @@ func (x *KeepImportRequest) String() string {
 func (*KeepImportRequest) ProtoMessage() {}
 
 func (x *KeepImportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[55]
+	mi := &file_atoll_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3878,7 +4119,7 @@ func (x *KeepImportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeepImportRequest.ProtoReflect.Descriptor instead.
 func (*KeepImportRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{55}
+	return file_atoll_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *KeepImportRequest) GetImportId() string {
@@ -3903,7 +4144,7 @@ type KeepImportResponse struct {
 
 func (x *KeepImportResponse) Reset() {
 	*x = KeepImportResponse{}
-	mi := &file_atoll_proto_msgTypes[56]
+	mi := &file_atoll_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3915,7 +4156,7 @@ func (x *KeepImportResponse) String() string {
 func (*KeepImportResponse) ProtoMessage() {}
 
 func (x *KeepImportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[56]
+	mi := &file_atoll_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3928,7 +4169,7 @@ func (x *KeepImportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeepImportResponse.ProtoReflect.Descriptor instead.
 func (*KeepImportResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{56}
+	return file_atoll_proto_rawDescGZIP(), []int{58}
 }
 
 type Entry struct {
@@ -3949,7 +4190,7 @@ type Entry struct {
 
 func (x *Entry) Reset() {
 	*x = Entry{}
-	mi := &file_atoll_proto_msgTypes[57]
+	mi := &file_atoll_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3961,7 +4202,7 @@ func (x *Entry) String() string {
 func (*Entry) ProtoMessage() {}
 
 func (x *Entry) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[57]
+	mi := &file_atoll_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3974,7 +4215,7 @@ func (x *Entry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Entry.ProtoReflect.Descriptor instead.
 func (*Entry) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{57}
+	return file_atoll_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *Entry) GetPath() string {
@@ -4058,7 +4299,7 @@ type MakeDirectoryRequest struct {
 
 func (x *MakeDirectoryRequest) Reset() {
 	*x = MakeDirectoryRequest{}
-	mi := &file_atoll_proto_msgTypes[58]
+	mi := &file_atoll_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4070,7 +4311,7 @@ func (x *MakeDirectoryRequest) String() string {
 func (*MakeDirectoryRequest) ProtoMessage() {}
 
 func (x *MakeDirectoryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[58]
+	mi := &file_atoll_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4083,7 +4324,7 @@ func (x *MakeDirectoryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MakeDirectoryRequest.ProtoReflect.Descriptor instead.
 func (*MakeDirectoryRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{58}
+	return file_atoll_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *MakeDirectoryRequest) GetPath() string {
@@ -4116,7 +4357,7 @@ type RemoveDirectoryRequest struct {
 
 func (x *RemoveDirectoryRequest) Reset() {
 	*x = RemoveDirectoryRequest{}
-	mi := &file_atoll_proto_msgTypes[59]
+	mi := &file_atoll_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4128,7 +4369,7 @@ func (x *RemoveDirectoryRequest) String() string {
 func (*RemoveDirectoryRequest) ProtoMessage() {}
 
 func (x *RemoveDirectoryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[59]
+	mi := &file_atoll_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4141,7 +4382,7 @@ func (x *RemoveDirectoryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveDirectoryRequest.ProtoReflect.Descriptor instead.
 func (*RemoveDirectoryRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{59}
+	return file_atoll_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *RemoveDirectoryRequest) GetPath() string {
@@ -4159,7 +4400,7 @@ type RemoveDirectoryResponse struct {
 
 func (x *RemoveDirectoryResponse) Reset() {
 	*x = RemoveDirectoryResponse{}
-	mi := &file_atoll_proto_msgTypes[60]
+	mi := &file_atoll_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4171,7 +4412,7 @@ func (x *RemoveDirectoryResponse) String() string {
 func (*RemoveDirectoryResponse) ProtoMessage() {}
 
 func (x *RemoveDirectoryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[60]
+	mi := &file_atoll_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4184,7 +4425,7 @@ func (x *RemoveDirectoryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveDirectoryResponse.ProtoReflect.Descriptor instead.
 func (*RemoveDirectoryResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{60}
+	return file_atoll_proto_rawDescGZIP(), []int{62}
 }
 
 type ListDirectoryRequest struct {
@@ -4198,7 +4439,7 @@ type ListDirectoryRequest struct {
 
 func (x *ListDirectoryRequest) Reset() {
 	*x = ListDirectoryRequest{}
-	mi := &file_atoll_proto_msgTypes[61]
+	mi := &file_atoll_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4210,7 +4451,7 @@ func (x *ListDirectoryRequest) String() string {
 func (*ListDirectoryRequest) ProtoMessage() {}
 
 func (x *ListDirectoryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[61]
+	mi := &file_atoll_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4223,7 +4464,7 @@ func (x *ListDirectoryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListDirectoryRequest.ProtoReflect.Descriptor instead.
 func (*ListDirectoryRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{61}
+	return file_atoll_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *ListDirectoryRequest) GetPath() string {
@@ -4257,7 +4498,7 @@ type ListDirectoryResponse struct {
 
 func (x *ListDirectoryResponse) Reset() {
 	*x = ListDirectoryResponse{}
-	mi := &file_atoll_proto_msgTypes[62]
+	mi := &file_atoll_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4269,7 +4510,7 @@ func (x *ListDirectoryResponse) String() string {
 func (*ListDirectoryResponse) ProtoMessage() {}
 
 func (x *ListDirectoryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[62]
+	mi := &file_atoll_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4282,7 +4523,7 @@ func (x *ListDirectoryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListDirectoryResponse.ProtoReflect.Descriptor instead.
 func (*ListDirectoryResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{62}
+	return file_atoll_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *ListDirectoryResponse) GetEntries() []*Entry {
@@ -4309,7 +4550,7 @@ type GetEntryRequest struct {
 
 func (x *GetEntryRequest) Reset() {
 	*x = GetEntryRequest{}
-	mi := &file_atoll_proto_msgTypes[63]
+	mi := &file_atoll_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4321,7 +4562,7 @@ func (x *GetEntryRequest) String() string {
 func (*GetEntryRequest) ProtoMessage() {}
 
 func (x *GetEntryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[63]
+	mi := &file_atoll_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4334,7 +4575,7 @@ func (x *GetEntryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetEntryRequest.ProtoReflect.Descriptor instead.
 func (*GetEntryRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{63}
+	return file_atoll_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *GetEntryRequest) GetPath() string {
@@ -4363,7 +4604,7 @@ type RenameRequest struct {
 
 func (x *RenameRequest) Reset() {
 	*x = RenameRequest{}
-	mi := &file_atoll_proto_msgTypes[64]
+	mi := &file_atoll_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4375,7 +4616,7 @@ func (x *RenameRequest) String() string {
 func (*RenameRequest) ProtoMessage() {}
 
 func (x *RenameRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[64]
+	mi := &file_atoll_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4388,7 +4629,7 @@ func (x *RenameRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenameRequest.ProtoReflect.Descriptor instead.
 func (*RenameRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{64}
+	return file_atoll_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *RenameRequest) GetFrom() string {
@@ -4429,7 +4670,7 @@ type ChangeOwnerRequest struct {
 
 func (x *ChangeOwnerRequest) Reset() {
 	*x = ChangeOwnerRequest{}
-	mi := &file_atoll_proto_msgTypes[65]
+	mi := &file_atoll_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4441,7 +4682,7 @@ func (x *ChangeOwnerRequest) String() string {
 func (*ChangeOwnerRequest) ProtoMessage() {}
 
 func (x *ChangeOwnerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[65]
+	mi := &file_atoll_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4454,7 +4695,7 @@ func (x *ChangeOwnerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChangeOwnerRequest.ProtoReflect.Descriptor instead.
 func (*ChangeOwnerRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{65}
+	return file_atoll_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *ChangeOwnerRequest) GetPath() string {
@@ -4481,7 +4722,7 @@ type SetPropertiesRequest struct {
 
 func (x *SetPropertiesRequest) Reset() {
 	*x = SetPropertiesRequest{}
-	mi := &file_atoll_proto_msgTypes[66]
+	mi := &file_atoll_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4493,7 +4734,7 @@ func (x *SetPropertiesRequest) String() string {
 func (*SetPropertiesRequest) ProtoMessage() {}
 
 func (x *SetPropertiesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[66]
+	mi := &file_atoll_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4506,7 +4747,7 @@ func (x *SetPropertiesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetPropertiesRequest.ProtoReflect.Descriptor instead.
 func (*SetPropertiesRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{66}
+	return file_atoll_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *SetPropertiesRequest) GetPath() string {
@@ -4538,7 +4779,7 @@ type Limits struct {
 
 func (x *Limits) Reset() {
 	*x = Limits{}
-	mi := &file_atoll_proto_msgTypes[67]
+	mi := &file_atoll_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4550,7 +4791,7 @@ func (x *Limits) String() string {
 func (*Limits) ProtoMessage() {}
 
 func (x *Limits) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[67]
+	mi := &file_atoll_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4563,7 +4804,7 @@ func (x *Limits) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Limits.ProtoReflect.Descriptor instead.
 func (*Limits) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{67}
+	return file_atoll_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *Limits) GetIops() *Limit {
@@ -4619,7 +4860,7 @@ type Limit struct {
 
 func (x *Limit) Reset() {
 	*x = Limit{}
-	mi := &file_atoll_proto_msgTypes[68]
+	mi := &file_atoll_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4631,7 +4872,7 @@ func (x *Limit) String() string {
 func (*Limit) ProtoMessage() {}
 
 func (x *Limit) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[68]
+	mi := &file_atoll_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4644,7 +4885,7 @@ func (x *Limit) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Limit.ProtoReflect.Descriptor instead.
 func (*Limit) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{68}
+	return file_atoll_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *Limit) GetRate() int64 {
@@ -4678,7 +4919,7 @@ type SetLimitsRequest struct {
 
 func (x *SetLimitsRequest) Reset() {
 	*x = SetLimitsRequest{}
-	mi := &file_atoll_proto_msgTypes[69]
+	mi := &file_atoll_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4690,7 +4931,7 @@ func (x *SetLimitsRequest) String() string {
 func (*SetLimitsRequest) ProtoMessage() {}
 
 func (x *SetLimitsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[69]
+	mi := &file_atoll_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4703,7 +4944,7 @@ func (x *SetLimitsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetLimitsRequest.ProtoReflect.Descriptor instead.
 func (*SetLimitsRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{69}
+	return file_atoll_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *SetLimitsRequest) GetName() string {
@@ -4739,7 +4980,7 @@ type TrashEntry struct {
 
 func (x *TrashEntry) Reset() {
 	*x = TrashEntry{}
-	mi := &file_atoll_proto_msgTypes[70]
+	mi := &file_atoll_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4751,7 +4992,7 @@ func (x *TrashEntry) String() string {
 func (*TrashEntry) ProtoMessage() {}
 
 func (x *TrashEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[70]
+	mi := &file_atoll_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4764,7 +5005,7 @@ func (x *TrashEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TrashEntry.ProtoReflect.Descriptor instead.
 func (*TrashEntry) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{70}
+	return file_atoll_proto_rawDescGZIP(), []int{72}
 }
 
 func (x *TrashEntry) GetId() string {
@@ -4855,7 +5096,7 @@ type MoveToTrashRequest struct {
 
 func (x *MoveToTrashRequest) Reset() {
 	*x = MoveToTrashRequest{}
-	mi := &file_atoll_proto_msgTypes[71]
+	mi := &file_atoll_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4867,7 +5108,7 @@ func (x *MoveToTrashRequest) String() string {
 func (*MoveToTrashRequest) ProtoMessage() {}
 
 func (x *MoveToTrashRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[71]
+	mi := &file_atoll_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4880,7 +5121,7 @@ func (x *MoveToTrashRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MoveToTrashRequest.ProtoReflect.Descriptor instead.
 func (*MoveToTrashRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{71}
+	return file_atoll_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *MoveToTrashRequest) GetName() string {
@@ -4914,7 +5155,7 @@ type ListTrashRequest struct {
 
 func (x *ListTrashRequest) Reset() {
 	*x = ListTrashRequest{}
-	mi := &file_atoll_proto_msgTypes[72]
+	mi := &file_atoll_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4926,7 +5167,7 @@ func (x *ListTrashRequest) String() string {
 func (*ListTrashRequest) ProtoMessage() {}
 
 func (x *ListTrashRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[72]
+	mi := &file_atoll_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4939,7 +5180,7 @@ func (x *ListTrashRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTrashRequest.ProtoReflect.Descriptor instead.
 func (*ListTrashRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{72}
+	return file_atoll_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *ListTrashRequest) GetAfter() string {
@@ -4966,7 +5207,7 @@ type ListTrashResponse struct {
 
 func (x *ListTrashResponse) Reset() {
 	*x = ListTrashResponse{}
-	mi := &file_atoll_proto_msgTypes[73]
+	mi := &file_atoll_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4978,7 +5219,7 @@ func (x *ListTrashResponse) String() string {
 func (*ListTrashResponse) ProtoMessage() {}
 
 func (x *ListTrashResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[73]
+	mi := &file_atoll_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4991,7 +5232,7 @@ func (x *ListTrashResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTrashResponse.ProtoReflect.Descriptor instead.
 func (*ListTrashResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{73}
+	return file_atoll_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *ListTrashResponse) GetEntries() []*TrashEntry {
@@ -5020,7 +5261,7 @@ type RestoreTrashRequest struct {
 
 func (x *RestoreTrashRequest) Reset() {
 	*x = RestoreTrashRequest{}
-	mi := &file_atoll_proto_msgTypes[74]
+	mi := &file_atoll_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5032,7 +5273,7 @@ func (x *RestoreTrashRequest) String() string {
 func (*RestoreTrashRequest) ProtoMessage() {}
 
 func (x *RestoreTrashRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[74]
+	mi := &file_atoll_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5045,7 +5286,7 @@ func (x *RestoreTrashRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreTrashRequest.ProtoReflect.Descriptor instead.
 func (*RestoreTrashRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{74}
+	return file_atoll_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *RestoreTrashRequest) GetId() string {
@@ -5087,7 +5328,7 @@ type PurgeTrashRequest struct {
 
 func (x *PurgeTrashRequest) Reset() {
 	*x = PurgeTrashRequest{}
-	mi := &file_atoll_proto_msgTypes[75]
+	mi := &file_atoll_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5099,7 +5340,7 @@ func (x *PurgeTrashRequest) String() string {
 func (*PurgeTrashRequest) ProtoMessage() {}
 
 func (x *PurgeTrashRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[75]
+	mi := &file_atoll_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5112,7 +5353,7 @@ func (x *PurgeTrashRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PurgeTrashRequest.ProtoReflect.Descriptor instead.
 func (*PurgeTrashRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{75}
+	return file_atoll_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *PurgeTrashRequest) GetId() string {
@@ -5146,7 +5387,7 @@ type PurgeTrashResponse struct {
 
 func (x *PurgeTrashResponse) Reset() {
 	*x = PurgeTrashResponse{}
-	mi := &file_atoll_proto_msgTypes[76]
+	mi := &file_atoll_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5158,7 +5399,7 @@ func (x *PurgeTrashResponse) String() string {
 func (*PurgeTrashResponse) ProtoMessage() {}
 
 func (x *PurgeTrashResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[76]
+	mi := &file_atoll_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5171,7 +5412,7 @@ func (x *PurgeTrashResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PurgeTrashResponse.ProtoReflect.Descriptor instead.
 func (*PurgeTrashResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{76}
+	return file_atoll_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *PurgeTrashResponse) GetRemoved() int32 {
@@ -5201,7 +5442,7 @@ type User struct {
 
 func (x *User) Reset() {
 	*x = User{}
-	mi := &file_atoll_proto_msgTypes[77]
+	mi := &file_atoll_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5213,7 +5454,7 @@ func (x *User) String() string {
 func (*User) ProtoMessage() {}
 
 func (x *User) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[77]
+	mi := &file_atoll_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5226,7 +5467,7 @@ func (x *User) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use User.ProtoReflect.Descriptor instead.
 func (*User) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{77}
+	return file_atoll_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *User) GetName() string {
@@ -5276,7 +5517,7 @@ type CreateUserRequest struct {
 
 func (x *CreateUserRequest) Reset() {
 	*x = CreateUserRequest{}
-	mi := &file_atoll_proto_msgTypes[78]
+	mi := &file_atoll_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5288,7 +5529,7 @@ func (x *CreateUserRequest) String() string {
 func (*CreateUserRequest) ProtoMessage() {}
 
 func (x *CreateUserRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[78]
+	mi := &file_atoll_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5301,7 +5542,7 @@ func (x *CreateUserRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateUserRequest.ProtoReflect.Descriptor instead.
 func (*CreateUserRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{78}
+	return file_atoll_proto_rawDescGZIP(), []int{80}
 }
 
 func (x *CreateUserRequest) GetName() string {
@@ -5340,7 +5581,7 @@ type ListUsersRequest struct {
 
 func (x *ListUsersRequest) Reset() {
 	*x = ListUsersRequest{}
-	mi := &file_atoll_proto_msgTypes[79]
+	mi := &file_atoll_proto_msgTypes[81]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5352,7 +5593,7 @@ func (x *ListUsersRequest) String() string {
 func (*ListUsersRequest) ProtoMessage() {}
 
 func (x *ListUsersRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[79]
+	mi := &file_atoll_proto_msgTypes[81]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5365,7 +5606,7 @@ func (x *ListUsersRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListUsersRequest.ProtoReflect.Descriptor instead.
 func (*ListUsersRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{79}
+	return file_atoll_proto_rawDescGZIP(), []int{81}
 }
 
 type ListUsersResponse struct {
@@ -5377,7 +5618,7 @@ type ListUsersResponse struct {
 
 func (x *ListUsersResponse) Reset() {
 	*x = ListUsersResponse{}
-	mi := &file_atoll_proto_msgTypes[80]
+	mi := &file_atoll_proto_msgTypes[82]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5389,7 +5630,7 @@ func (x *ListUsersResponse) String() string {
 func (*ListUsersResponse) ProtoMessage() {}
 
 func (x *ListUsersResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[80]
+	mi := &file_atoll_proto_msgTypes[82]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5402,7 +5643,7 @@ func (x *ListUsersResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListUsersResponse.ProtoReflect.Descriptor instead.
 func (*ListUsersResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{80}
+	return file_atoll_proto_rawDescGZIP(), []int{82}
 }
 
 func (x *ListUsersResponse) GetUsers() []*User {
@@ -5424,7 +5665,7 @@ type UpdateUserRequest struct {
 
 func (x *UpdateUserRequest) Reset() {
 	*x = UpdateUserRequest{}
-	mi := &file_atoll_proto_msgTypes[81]
+	mi := &file_atoll_proto_msgTypes[83]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5436,7 +5677,7 @@ func (x *UpdateUserRequest) String() string {
 func (*UpdateUserRequest) ProtoMessage() {}
 
 func (x *UpdateUserRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[81]
+	mi := &file_atoll_proto_msgTypes[83]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5449,7 +5690,7 @@ func (x *UpdateUserRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateUserRequest.ProtoReflect.Descriptor instead.
 func (*UpdateUserRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{81}
+	return file_atoll_proto_rawDescGZIP(), []int{83}
 }
 
 func (x *UpdateUserRequest) GetName() string {
@@ -5490,7 +5731,7 @@ type AuthenticateRequest struct {
 
 func (x *AuthenticateRequest) Reset() {
 	*x = AuthenticateRequest{}
-	mi := &file_atoll_proto_msgTypes[82]
+	mi := &file_atoll_proto_msgTypes[84]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5502,7 +5743,7 @@ func (x *AuthenticateRequest) String() string {
 func (*AuthenticateRequest) ProtoMessage() {}
 
 func (x *AuthenticateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[82]
+	mi := &file_atoll_proto_msgTypes[84]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5515,7 +5756,7 @@ func (x *AuthenticateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthenticateRequest.ProtoReflect.Descriptor instead.
 func (*AuthenticateRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{82}
+	return file_atoll_proto_rawDescGZIP(), []int{84}
 }
 
 func (x *AuthenticateRequest) GetName() string {
@@ -5541,7 +5782,7 @@ type DeleteUserRequest struct {
 
 func (x *DeleteUserRequest) Reset() {
 	*x = DeleteUserRequest{}
-	mi := &file_atoll_proto_msgTypes[83]
+	mi := &file_atoll_proto_msgTypes[85]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5553,7 +5794,7 @@ func (x *DeleteUserRequest) String() string {
 func (*DeleteUserRequest) ProtoMessage() {}
 
 func (x *DeleteUserRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[83]
+	mi := &file_atoll_proto_msgTypes[85]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5566,7 +5807,7 @@ func (x *DeleteUserRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteUserRequest.ProtoReflect.Descriptor instead.
 func (*DeleteUserRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{83}
+	return file_atoll_proto_rawDescGZIP(), []int{85}
 }
 
 func (x *DeleteUserRequest) GetName() string {
@@ -5584,7 +5825,7 @@ type DeleteUserResponse struct {
 
 func (x *DeleteUserResponse) Reset() {
 	*x = DeleteUserResponse{}
-	mi := &file_atoll_proto_msgTypes[84]
+	mi := &file_atoll_proto_msgTypes[86]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5596,7 +5837,7 @@ func (x *DeleteUserResponse) String() string {
 func (*DeleteUserResponse) ProtoMessage() {}
 
 func (x *DeleteUserResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[84]
+	mi := &file_atoll_proto_msgTypes[86]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5609,7 +5850,7 @@ func (x *DeleteUserResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteUserResponse.ProtoReflect.Descriptor instead.
 func (*DeleteUserResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{84}
+	return file_atoll_proto_rawDescGZIP(), []int{86}
 }
 
 type Task struct {
@@ -5631,7 +5872,7 @@ type Task struct {
 
 func (x *Task) Reset() {
 	*x = Task{}
-	mi := &file_atoll_proto_msgTypes[85]
+	mi := &file_atoll_proto_msgTypes[87]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5643,7 +5884,7 @@ func (x *Task) String() string {
 func (*Task) ProtoMessage() {}
 
 func (x *Task) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[85]
+	mi := &file_atoll_proto_msgTypes[87]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5656,7 +5897,7 @@ func (x *Task) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Task.ProtoReflect.Descriptor instead.
 func (*Task) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{85}
+	return file_atoll_proto_rawDescGZIP(), []int{87}
 }
 
 func (x *Task) GetId() string {
@@ -5745,7 +5986,7 @@ type ListTasksRequest struct {
 
 func (x *ListTasksRequest) Reset() {
 	*x = ListTasksRequest{}
-	mi := &file_atoll_proto_msgTypes[86]
+	mi := &file_atoll_proto_msgTypes[88]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5757,7 +5998,7 @@ func (x *ListTasksRequest) String() string {
 func (*ListTasksRequest) ProtoMessage() {}
 
 func (x *ListTasksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[86]
+	mi := &file_atoll_proto_msgTypes[88]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5770,7 +6011,7 @@ func (x *ListTasksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTasksRequest.ProtoReflect.Descriptor instead.
 func (*ListTasksRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{86}
+	return file_atoll_proto_rawDescGZIP(), []int{88}
 }
 
 func (x *ListTasksRequest) GetAll() bool {
@@ -5789,7 +6030,7 @@ type ListTasksResponse struct {
 
 func (x *ListTasksResponse) Reset() {
 	*x = ListTasksResponse{}
-	mi := &file_atoll_proto_msgTypes[87]
+	mi := &file_atoll_proto_msgTypes[89]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5801,7 +6042,7 @@ func (x *ListTasksResponse) String() string {
 func (*ListTasksResponse) ProtoMessage() {}
 
 func (x *ListTasksResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[87]
+	mi := &file_atoll_proto_msgTypes[89]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5814,7 +6055,7 @@ func (x *ListTasksResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTasksResponse.ProtoReflect.Descriptor instead.
 func (*ListTasksResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{87}
+	return file_atoll_proto_rawDescGZIP(), []int{89}
 }
 
 func (x *ListTasksResponse) GetTasks() []*Task {
@@ -5833,7 +6074,7 @@ type GetTaskRequest struct {
 
 func (x *GetTaskRequest) Reset() {
 	*x = GetTaskRequest{}
-	mi := &file_atoll_proto_msgTypes[88]
+	mi := &file_atoll_proto_msgTypes[90]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5845,7 +6086,7 @@ func (x *GetTaskRequest) String() string {
 func (*GetTaskRequest) ProtoMessage() {}
 
 func (x *GetTaskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[88]
+	mi := &file_atoll_proto_msgTypes[90]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5858,7 +6099,7 @@ func (x *GetTaskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetTaskRequest.ProtoReflect.Descriptor instead.
 func (*GetTaskRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{88}
+	return file_atoll_proto_rawDescGZIP(), []int{90}
 }
 
 func (x *GetTaskRequest) GetId() string {
@@ -5877,7 +6118,7 @@ type CancelTaskRequest struct {
 
 func (x *CancelTaskRequest) Reset() {
 	*x = CancelTaskRequest{}
-	mi := &file_atoll_proto_msgTypes[89]
+	mi := &file_atoll_proto_msgTypes[91]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5889,7 +6130,7 @@ func (x *CancelTaskRequest) String() string {
 func (*CancelTaskRequest) ProtoMessage() {}
 
 func (x *CancelTaskRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[89]
+	mi := &file_atoll_proto_msgTypes[91]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5902,7 +6143,7 @@ func (x *CancelTaskRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelTaskRequest.ProtoReflect.Descriptor instead.
 func (*CancelTaskRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{89}
+	return file_atoll_proto_rawDescGZIP(), []int{91}
 }
 
 func (x *CancelTaskRequest) GetId() string {
@@ -5923,7 +6164,7 @@ type InjectRequest struct {
 
 func (x *InjectRequest) Reset() {
 	*x = InjectRequest{}
-	mi := &file_atoll_proto_msgTypes[90]
+	mi := &file_atoll_proto_msgTypes[92]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5935,7 +6176,7 @@ func (x *InjectRequest) String() string {
 func (*InjectRequest) ProtoMessage() {}
 
 func (x *InjectRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[90]
+	mi := &file_atoll_proto_msgTypes[92]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -5948,7 +6189,7 @@ func (x *InjectRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InjectRequest.ProtoReflect.Descriptor instead.
 func (*InjectRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{90}
+	return file_atoll_proto_rawDescGZIP(), []int{92}
 }
 
 func (x *InjectRequest) GetNode() uint32 {
@@ -5981,7 +6222,7 @@ type InjectResponse struct {
 
 func (x *InjectResponse) Reset() {
 	*x = InjectResponse{}
-	mi := &file_atoll_proto_msgTypes[91]
+	mi := &file_atoll_proto_msgTypes[93]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -5993,7 +6234,7 @@ func (x *InjectResponse) String() string {
 func (*InjectResponse) ProtoMessage() {}
 
 func (x *InjectResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[91]
+	mi := &file_atoll_proto_msgTypes[93]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6006,7 +6247,7 @@ func (x *InjectResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InjectResponse.ProtoReflect.Descriptor instead.
 func (*InjectResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{91}
+	return file_atoll_proto_rawDescGZIP(), []int{93}
 }
 
 func (x *InjectResponse) GetMessage() string {
@@ -6024,7 +6265,7 @@ type AddNodeRequest struct {
 
 func (x *AddNodeRequest) Reset() {
 	*x = AddNodeRequest{}
-	mi := &file_atoll_proto_msgTypes[92]
+	mi := &file_atoll_proto_msgTypes[94]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6036,7 +6277,7 @@ func (x *AddNodeRequest) String() string {
 func (*AddNodeRequest) ProtoMessage() {}
 
 func (x *AddNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[92]
+	mi := &file_atoll_proto_msgTypes[94]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6049,7 +6290,7 @@ func (x *AddNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddNodeRequest.ProtoReflect.Descriptor instead.
 func (*AddNodeRequest) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{92}
+	return file_atoll_proto_rawDescGZIP(), []int{94}
 }
 
 type AddNodeResponse struct {
@@ -6062,7 +6303,7 @@ type AddNodeResponse struct {
 
 func (x *AddNodeResponse) Reset() {
 	*x = AddNodeResponse{}
-	mi := &file_atoll_proto_msgTypes[93]
+	mi := &file_atoll_proto_msgTypes[95]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -6074,7 +6315,7 @@ func (x *AddNodeResponse) String() string {
 func (*AddNodeResponse) ProtoMessage() {}
 
 func (x *AddNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_atoll_proto_msgTypes[93]
+	mi := &file_atoll_proto_msgTypes[95]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -6087,7 +6328,7 @@ func (x *AddNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddNodeResponse.ProtoReflect.Descriptor instead.
 func (*AddNodeResponse) Descriptor() ([]byte, []int) {
-	return file_atoll_proto_rawDescGZIP(), []int{93}
+	return file_atoll_proto_rawDescGZIP(), []int{95}
 }
 
 func (x *AddNodeResponse) GetNode() uint32 {
@@ -6112,7 +6353,7 @@ const file_atoll_proto_rawDesc = "" +
 	"\vErrorDetail\x12\x12\n" +
 	"\x04code\x18\x01 \x01(\tR\x04code\x12\x12\n" +
 	"\x04hint\x18\x02 \x01(\tR\x04hint\"\x12\n" +
-	"\x10GetStatusRequest\"\xe8\x04\n" +
+	"\x10GetStatusRequest\"\x92\x05\n" +
 	"\x11GetStatusResponse\x12\x1d\n" +
 	"\n" +
 	"cluster_id\x18\x01 \x01(\tR\tclusterId\x12\x12\n" +
@@ -6135,7 +6376,15 @@ const file_atoll_proto_rawDesc = "" +
 	"\atrashed\x18\x10 \x01(\x05R\atrashed\x12\x1f\n" +
 	"\vtrash_bytes\x18\x11 \x01(\x03R\n" +
 	"trashBytes\x12(\n" +
-	"\x04kept\x18\x12 \x03(\v2\x14.atoll.v1.KeptMediumR\x04kept\"^\n" +
+	"\x06repair\x18\x13 \x01(\v2\x10.atoll.v1.RepairR\x06repair\x12(\n" +
+	"\x04kept\x18\x12 \x03(\v2\x14.atoll.v1.KeptMediumR\x04kept\"\xa1\x01\n" +
+	"\x06Repair\x12\x14\n" +
+	"\x05moves\x18\x01 \x01(\x05R\x05moves\x12\x12\n" +
+	"\x04lost\x18\x02 \x01(\x05R\x04lost\x12\x14\n" +
+	"\x05stuck\x18\x03 \x01(\x05R\x05stuck\x12\x14\n" +
+	"\x05bytes\x18\x04 \x01(\x03R\x05bytes\x12\x12\n" +
+	"\x04rate\x18\x05 \x01(\x03R\x04rate\x12-\n" +
+	"\x04left\x18\x06 \x01(\v2\x19.google.protobuf.DurationR\x04left\"^\n" +
 	"\n" +
 	"KeptMedium\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
@@ -6156,7 +6405,7 @@ const file_atoll_proto_rawDesc = "" +
 	" \x01(\bR\tanswering\"\x12\n" +
 	"\x10ListNodesRequest\"9\n" +
 	"\x11ListNodesResponse\x12$\n" +
-	"\x05nodes\x18\x01 \x03(\v2\x0e.atoll.v1.NodeR\x05nodes\"\xb1\x03\n" +
+	"\x05nodes\x18\x01 \x03(\v2\x0e.atoll.v1.NodeR\x05nodes\"\x92\x06\n" +
 	"\x04Node\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\rR\x02id\x12\x14\n" +
 	"\x05state\x18\x02 \x01(\tR\x05state\x12\x0e\n" +
@@ -6177,7 +6426,26 @@ const file_atoll_proto_rawDesc = "" +
 	"\x06errors\x18\x0e \x01(\x04R\x06errors\x128\n" +
 	"\n" +
 	"append_p99\x18\x0f \x01(\v2\x19.google.protobuf.DurationR\tappendP99\x12\x12\n" +
-	"\x04path\x18\x10 \x01(\tR\x04path\"\x12\n" +
+	"\x04path\x18\x10 \x01(\tR\x04path\x12\x1a\n" +
+	"\bcopysets\x18\x11 \x01(\x05R\bcopysets\x12\x18\n" +
+	"\aleaving\x18\x12 \x01(\x05R\aleaving\x12\x18\n" +
+	"\ajoining\x18\x13 \x01(\x05R\ajoining\x12\x1d\n" +
+	"\n" +
+	"copy_bytes\x18\x14 \x01(\x03R\tcopyBytes\x12!\n" +
+	"\fcopied_bytes\x18\x15 \x01(\x03R\vcopiedBytes\x12\x1b\n" +
+	"\tcopy_rate\x18\x16 \x01(\x03R\bcopyRate\x12!\n" +
+	"\fcopy_waiting\x18\x17 \x01(\x05R\vcopyWaiting\x12\x1d\n" +
+	"\n" +
+	"copy_error\x18\x18 \x01(\tR\tcopyError\x12\x1f\n" +
+	"\vstray_bytes\x18\x19 \x01(\x03R\n" +
+	"strayBytes\x129\n" +
+	"\n" +
+	"down_since\x18\x1a \x01(\v2\x1a.google.protobuf.TimestampR\tdownSince\x12\x12\n" +
+	"\x04heir\x18\x1b \x01(\rR\x04heir\"J\n" +
+	"\x0eSetNodeRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\rR\x02id\x12\x14\n" +
+	"\x05state\x18\x02 \x01(\tR\x05state\x12\x12\n" +
+	"\x04heir\x18\x03 \x01(\rR\x04heir\"\x12\n" +
 	"\x10GetConfigRequest\"B\n" +
 	"\x11GetConfigResponse\x12-\n" +
 	"\bsettings\x18\x01 \x03(\v2\x11.atoll.v1.SettingR\bsettings\"I\n" +
@@ -6644,10 +6912,11 @@ const file_atoll_proto_rawDesc = "" +
 	"\x0eAddNodeRequest\"9\n" +
 	"\x0fAddNodeResponse\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\rR\x04node\x12\x12\n" +
-	"\x04path\x18\x02 \x01(\tR\x04path2\xa8\x03\n" +
+	"\x04path\x18\x02 \x01(\tR\x04path2\xdd\x03\n" +
 	"\x0eClusterService\x12D\n" +
 	"\tGetStatus\x12\x1a.atoll.v1.GetStatusRequest\x1a\x1b.atoll.v1.GetStatusResponse\x12D\n" +
-	"\tListNodes\x12\x1a.atoll.v1.ListNodesRequest\x1a\x1b.atoll.v1.ListNodesResponse\x12D\n" +
+	"\tListNodes\x12\x1a.atoll.v1.ListNodesRequest\x1a\x1b.atoll.v1.ListNodesResponse\x123\n" +
+	"\aSetNode\x12\x18.atoll.v1.SetNodeRequest\x1a\x0e.atoll.v1.Node\x12D\n" +
 	"\tGetConfig\x12\x1a.atoll.v1.GetConfigRequest\x1a\x1b.atoll.v1.GetConfigResponse\x12A\n" +
 	"\bDiagnose\x12\x19.atoll.v1.DiagnoseRequest\x1a\x1a.atoll.v1.DiagnoseResponse\x12J\n" +
 	"\vCreateToken\x12\x1c.atoll.v1.CreateTokenRequest\x1a\x1d.atoll.v1.CreateTokenResponse\x125\n" +
@@ -6722,271 +6991,278 @@ func file_atoll_proto_rawDescGZIP() []byte {
 	return file_atoll_proto_rawDescData
 }
 
-var file_atoll_proto_msgTypes = make([]protoimpl.MessageInfo, 102)
+var file_atoll_proto_msgTypes = make([]protoimpl.MessageInfo, 104)
 var file_atoll_proto_goTypes = []any{
 	(*ErrorDetail)(nil),             // 0: atoll.v1.ErrorDetail
 	(*GetStatusRequest)(nil),        // 1: atoll.v1.GetStatusRequest
 	(*GetStatusResponse)(nil),       // 2: atoll.v1.GetStatusResponse
-	(*KeptMedium)(nil),              // 3: atoll.v1.KeptMedium
-	(*Process)(nil),                 // 4: atoll.v1.Process
-	(*ListNodesRequest)(nil),        // 5: atoll.v1.ListNodesRequest
-	(*ListNodesResponse)(nil),       // 6: atoll.v1.ListNodesResponse
-	(*Node)(nil),                    // 7: atoll.v1.Node
-	(*GetConfigRequest)(nil),        // 8: atoll.v1.GetConfigRequest
-	(*GetConfigResponse)(nil),       // 9: atoll.v1.GetConfigResponse
-	(*Setting)(nil),                 // 10: atoll.v1.Setting
-	(*DiagnoseRequest)(nil),         // 11: atoll.v1.DiagnoseRequest
-	(*DiagnoseResponse)(nil),        // 12: atoll.v1.DiagnoseResponse
-	(*Finding)(nil),                 // 13: atoll.v1.Finding
-	(*CreateTokenRequest)(nil),      // 14: atoll.v1.CreateTokenRequest
-	(*CreateTokenResponse)(nil),     // 15: atoll.v1.CreateTokenResponse
-	(*JoinRequest)(nil),             // 16: atoll.v1.JoinRequest
-	(*JoinResponse)(nil),            // 17: atoll.v1.JoinResponse
-	(*Volume)(nil),                  // 18: atoll.v1.Volume
-	(*CreateVolumeRequest)(nil),     // 19: atoll.v1.CreateVolumeRequest
-	(*SetRedundancyRequest)(nil),    // 20: atoll.v1.SetRedundancyRequest
-	(*ListVolumesRequest)(nil),      // 21: atoll.v1.ListVolumesRequest
-	(*ListVolumesResponse)(nil),     // 22: atoll.v1.ListVolumesResponse
-	(*GetVolumeRequest)(nil),        // 23: atoll.v1.GetVolumeRequest
-	(*ResizeVolumeRequest)(nil),     // 24: atoll.v1.ResizeVolumeRequest
-	(*DeleteVolumeRequest)(nil),     // 25: atoll.v1.DeleteVolumeRequest
-	(*DeleteVolumeResponse)(nil),    // 26: atoll.v1.DeleteVolumeResponse
-	(*CheckVolumeRequest)(nil),      // 27: atoll.v1.CheckVolumeRequest
-	(*CheckVolumeResponse)(nil),     // 28: atoll.v1.CheckVolumeResponse
-	(*Version)(nil),                 // 29: atoll.v1.Version
-	(*CreateVersionRequest)(nil),    // 30: atoll.v1.CreateVersionRequest
-	(*CreateVersionResponse)(nil),   // 31: atoll.v1.CreateVersionResponse
-	(*ListVersionsRequest)(nil),     // 32: atoll.v1.ListVersionsRequest
-	(*ListVersionsResponse)(nil),    // 33: atoll.v1.ListVersionsResponse
-	(*UpdateVersionRequest)(nil),    // 34: atoll.v1.UpdateVersionRequest
-	(*DeleteVersionRequest)(nil),    // 35: atoll.v1.DeleteVersionRequest
-	(*DeleteVersionResponse)(nil),   // 36: atoll.v1.DeleteVersionResponse
-	(*ReleaseVersionRequest)(nil),   // 37: atoll.v1.ReleaseVersionRequest
-	(*RestoreVersionRequest)(nil),   // 38: atoll.v1.RestoreVersionRequest
-	(*RestoreVersionResponse)(nil),  // 39: atoll.v1.RestoreVersionResponse
-	(*CloneVersionRequest)(nil),     // 40: atoll.v1.CloneVersionRequest
-	(*FlattenRequest)(nil),          // 41: atoll.v1.FlattenRequest
-	(*ListChildrenRequest)(nil),     // 42: atoll.v1.ListChildrenRequest
-	(*ListChildrenResponse)(nil),    // 43: atoll.v1.ListChildrenResponse
-	(*Child)(nil),                   // 44: atoll.v1.Child
-	(*DiffRequest)(nil),             // 45: atoll.v1.DiffRequest
-	(*DiffResponse)(nil),            // 46: atoll.v1.DiffResponse
-	(*Extent)(nil),                  // 47: atoll.v1.Extent
-	(*SetScheduleRequest)(nil),      // 48: atoll.v1.SetScheduleRequest
-	(*SetScheduleResponse)(nil),     // 49: atoll.v1.SetScheduleResponse
-	(*BeginImportRequest)(nil),      // 50: atoll.v1.BeginImportRequest
-	(*BeginImportResponse)(nil),     // 51: atoll.v1.BeginImportResponse
-	(*CommitImportRequest)(nil),     // 52: atoll.v1.CommitImportRequest
-	(*AbortImportRequest)(nil),      // 53: atoll.v1.AbortImportRequest
-	(*AbortImportResponse)(nil),     // 54: atoll.v1.AbortImportResponse
-	(*KeepImportRequest)(nil),       // 55: atoll.v1.KeepImportRequest
-	(*KeepImportResponse)(nil),      // 56: atoll.v1.KeepImportResponse
-	(*Entry)(nil),                   // 57: atoll.v1.Entry
-	(*MakeDirectoryRequest)(nil),    // 58: atoll.v1.MakeDirectoryRequest
-	(*RemoveDirectoryRequest)(nil),  // 59: atoll.v1.RemoveDirectoryRequest
-	(*RemoveDirectoryResponse)(nil), // 60: atoll.v1.RemoveDirectoryResponse
-	(*ListDirectoryRequest)(nil),    // 61: atoll.v1.ListDirectoryRequest
-	(*ListDirectoryResponse)(nil),   // 62: atoll.v1.ListDirectoryResponse
-	(*GetEntryRequest)(nil),         // 63: atoll.v1.GetEntryRequest
-	(*RenameRequest)(nil),           // 64: atoll.v1.RenameRequest
-	(*ChangeOwnerRequest)(nil),      // 65: atoll.v1.ChangeOwnerRequest
-	(*SetPropertiesRequest)(nil),    // 66: atoll.v1.SetPropertiesRequest
-	(*Limits)(nil),                  // 67: atoll.v1.Limits
-	(*Limit)(nil),                   // 68: atoll.v1.Limit
-	(*SetLimitsRequest)(nil),        // 69: atoll.v1.SetLimitsRequest
-	(*TrashEntry)(nil),              // 70: atoll.v1.TrashEntry
-	(*MoveToTrashRequest)(nil),      // 71: atoll.v1.MoveToTrashRequest
-	(*ListTrashRequest)(nil),        // 72: atoll.v1.ListTrashRequest
-	(*ListTrashResponse)(nil),       // 73: atoll.v1.ListTrashResponse
-	(*RestoreTrashRequest)(nil),     // 74: atoll.v1.RestoreTrashRequest
-	(*PurgeTrashRequest)(nil),       // 75: atoll.v1.PurgeTrashRequest
-	(*PurgeTrashResponse)(nil),      // 76: atoll.v1.PurgeTrashResponse
-	(*User)(nil),                    // 77: atoll.v1.User
-	(*CreateUserRequest)(nil),       // 78: atoll.v1.CreateUserRequest
-	(*ListUsersRequest)(nil),        // 79: atoll.v1.ListUsersRequest
-	(*ListUsersResponse)(nil),       // 80: atoll.v1.ListUsersResponse
-	(*UpdateUserRequest)(nil),       // 81: atoll.v1.UpdateUserRequest
-	(*AuthenticateRequest)(nil),     // 82: atoll.v1.AuthenticateRequest
-	(*DeleteUserRequest)(nil),       // 83: atoll.v1.DeleteUserRequest
-	(*DeleteUserResponse)(nil),      // 84: atoll.v1.DeleteUserResponse
-	(*Task)(nil),                    // 85: atoll.v1.Task
-	(*ListTasksRequest)(nil),        // 86: atoll.v1.ListTasksRequest
-	(*ListTasksResponse)(nil),       // 87: atoll.v1.ListTasksResponse
-	(*GetTaskRequest)(nil),          // 88: atoll.v1.GetTaskRequest
-	(*CancelTaskRequest)(nil),       // 89: atoll.v1.CancelTaskRequest
-	(*InjectRequest)(nil),           // 90: atoll.v1.InjectRequest
-	(*InjectResponse)(nil),          // 91: atoll.v1.InjectResponse
-	(*AddNodeRequest)(nil),          // 92: atoll.v1.AddNodeRequest
-	(*AddNodeResponse)(nil),         // 93: atoll.v1.AddNodeResponse
-	nil,                             // 94: atoll.v1.Volume.PropertiesEntry
-	nil,                             // 95: atoll.v1.CreateVolumeRequest.PropertiesEntry
-	nil,                             // 96: atoll.v1.Version.PropertiesEntry
-	nil,                             // 97: atoll.v1.CreateVersionRequest.PropertiesEntry
-	nil,                             // 98: atoll.v1.CloneVersionRequest.PropertiesEntry
-	nil,                             // 99: atoll.v1.CommitImportRequest.PropertiesEntry
-	nil,                             // 100: atoll.v1.Entry.PropertiesEntry
-	nil,                             // 101: atoll.v1.SetPropertiesRequest.PropertiesEntry
-	(*timestamppb.Timestamp)(nil),   // 102: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),     // 103: google.protobuf.Duration
+	(*Repair)(nil),                  // 3: atoll.v1.Repair
+	(*KeptMedium)(nil),              // 4: atoll.v1.KeptMedium
+	(*Process)(nil),                 // 5: atoll.v1.Process
+	(*ListNodesRequest)(nil),        // 6: atoll.v1.ListNodesRequest
+	(*ListNodesResponse)(nil),       // 7: atoll.v1.ListNodesResponse
+	(*Node)(nil),                    // 8: atoll.v1.Node
+	(*SetNodeRequest)(nil),          // 9: atoll.v1.SetNodeRequest
+	(*GetConfigRequest)(nil),        // 10: atoll.v1.GetConfigRequest
+	(*GetConfigResponse)(nil),       // 11: atoll.v1.GetConfigResponse
+	(*Setting)(nil),                 // 12: atoll.v1.Setting
+	(*DiagnoseRequest)(nil),         // 13: atoll.v1.DiagnoseRequest
+	(*DiagnoseResponse)(nil),        // 14: atoll.v1.DiagnoseResponse
+	(*Finding)(nil),                 // 15: atoll.v1.Finding
+	(*CreateTokenRequest)(nil),      // 16: atoll.v1.CreateTokenRequest
+	(*CreateTokenResponse)(nil),     // 17: atoll.v1.CreateTokenResponse
+	(*JoinRequest)(nil),             // 18: atoll.v1.JoinRequest
+	(*JoinResponse)(nil),            // 19: atoll.v1.JoinResponse
+	(*Volume)(nil),                  // 20: atoll.v1.Volume
+	(*CreateVolumeRequest)(nil),     // 21: atoll.v1.CreateVolumeRequest
+	(*SetRedundancyRequest)(nil),    // 22: atoll.v1.SetRedundancyRequest
+	(*ListVolumesRequest)(nil),      // 23: atoll.v1.ListVolumesRequest
+	(*ListVolumesResponse)(nil),     // 24: atoll.v1.ListVolumesResponse
+	(*GetVolumeRequest)(nil),        // 25: atoll.v1.GetVolumeRequest
+	(*ResizeVolumeRequest)(nil),     // 26: atoll.v1.ResizeVolumeRequest
+	(*DeleteVolumeRequest)(nil),     // 27: atoll.v1.DeleteVolumeRequest
+	(*DeleteVolumeResponse)(nil),    // 28: atoll.v1.DeleteVolumeResponse
+	(*CheckVolumeRequest)(nil),      // 29: atoll.v1.CheckVolumeRequest
+	(*CheckVolumeResponse)(nil),     // 30: atoll.v1.CheckVolumeResponse
+	(*Version)(nil),                 // 31: atoll.v1.Version
+	(*CreateVersionRequest)(nil),    // 32: atoll.v1.CreateVersionRequest
+	(*CreateVersionResponse)(nil),   // 33: atoll.v1.CreateVersionResponse
+	(*ListVersionsRequest)(nil),     // 34: atoll.v1.ListVersionsRequest
+	(*ListVersionsResponse)(nil),    // 35: atoll.v1.ListVersionsResponse
+	(*UpdateVersionRequest)(nil),    // 36: atoll.v1.UpdateVersionRequest
+	(*DeleteVersionRequest)(nil),    // 37: atoll.v1.DeleteVersionRequest
+	(*DeleteVersionResponse)(nil),   // 38: atoll.v1.DeleteVersionResponse
+	(*ReleaseVersionRequest)(nil),   // 39: atoll.v1.ReleaseVersionRequest
+	(*RestoreVersionRequest)(nil),   // 40: atoll.v1.RestoreVersionRequest
+	(*RestoreVersionResponse)(nil),  // 41: atoll.v1.RestoreVersionResponse
+	(*CloneVersionRequest)(nil),     // 42: atoll.v1.CloneVersionRequest
+	(*FlattenRequest)(nil),          // 43: atoll.v1.FlattenRequest
+	(*ListChildrenRequest)(nil),     // 44: atoll.v1.ListChildrenRequest
+	(*ListChildrenResponse)(nil),    // 45: atoll.v1.ListChildrenResponse
+	(*Child)(nil),                   // 46: atoll.v1.Child
+	(*DiffRequest)(nil),             // 47: atoll.v1.DiffRequest
+	(*DiffResponse)(nil),            // 48: atoll.v1.DiffResponse
+	(*Extent)(nil),                  // 49: atoll.v1.Extent
+	(*SetScheduleRequest)(nil),      // 50: atoll.v1.SetScheduleRequest
+	(*SetScheduleResponse)(nil),     // 51: atoll.v1.SetScheduleResponse
+	(*BeginImportRequest)(nil),      // 52: atoll.v1.BeginImportRequest
+	(*BeginImportResponse)(nil),     // 53: atoll.v1.BeginImportResponse
+	(*CommitImportRequest)(nil),     // 54: atoll.v1.CommitImportRequest
+	(*AbortImportRequest)(nil),      // 55: atoll.v1.AbortImportRequest
+	(*AbortImportResponse)(nil),     // 56: atoll.v1.AbortImportResponse
+	(*KeepImportRequest)(nil),       // 57: atoll.v1.KeepImportRequest
+	(*KeepImportResponse)(nil),      // 58: atoll.v1.KeepImportResponse
+	(*Entry)(nil),                   // 59: atoll.v1.Entry
+	(*MakeDirectoryRequest)(nil),    // 60: atoll.v1.MakeDirectoryRequest
+	(*RemoveDirectoryRequest)(nil),  // 61: atoll.v1.RemoveDirectoryRequest
+	(*RemoveDirectoryResponse)(nil), // 62: atoll.v1.RemoveDirectoryResponse
+	(*ListDirectoryRequest)(nil),    // 63: atoll.v1.ListDirectoryRequest
+	(*ListDirectoryResponse)(nil),   // 64: atoll.v1.ListDirectoryResponse
+	(*GetEntryRequest)(nil),         // 65: atoll.v1.GetEntryRequest
+	(*RenameRequest)(nil),           // 66: atoll.v1.RenameRequest
+	(*ChangeOwnerRequest)(nil),      // 67: atoll.v1.ChangeOwnerRequest
+	(*SetPropertiesRequest)(nil),    // 68: atoll.v1.SetPropertiesRequest
+	(*Limits)(nil),                  // 69: atoll.v1.Limits
+	(*Limit)(nil),                   // 70: atoll.v1.Limit
+	(*SetLimitsRequest)(nil),        // 71: atoll.v1.SetLimitsRequest
+	(*TrashEntry)(nil),              // 72: atoll.v1.TrashEntry
+	(*MoveToTrashRequest)(nil),      // 73: atoll.v1.MoveToTrashRequest
+	(*ListTrashRequest)(nil),        // 74: atoll.v1.ListTrashRequest
+	(*ListTrashResponse)(nil),       // 75: atoll.v1.ListTrashResponse
+	(*RestoreTrashRequest)(nil),     // 76: atoll.v1.RestoreTrashRequest
+	(*PurgeTrashRequest)(nil),       // 77: atoll.v1.PurgeTrashRequest
+	(*PurgeTrashResponse)(nil),      // 78: atoll.v1.PurgeTrashResponse
+	(*User)(nil),                    // 79: atoll.v1.User
+	(*CreateUserRequest)(nil),       // 80: atoll.v1.CreateUserRequest
+	(*ListUsersRequest)(nil),        // 81: atoll.v1.ListUsersRequest
+	(*ListUsersResponse)(nil),       // 82: atoll.v1.ListUsersResponse
+	(*UpdateUserRequest)(nil),       // 83: atoll.v1.UpdateUserRequest
+	(*AuthenticateRequest)(nil),     // 84: atoll.v1.AuthenticateRequest
+	(*DeleteUserRequest)(nil),       // 85: atoll.v1.DeleteUserRequest
+	(*DeleteUserResponse)(nil),      // 86: atoll.v1.DeleteUserResponse
+	(*Task)(nil),                    // 87: atoll.v1.Task
+	(*ListTasksRequest)(nil),        // 88: atoll.v1.ListTasksRequest
+	(*ListTasksResponse)(nil),       // 89: atoll.v1.ListTasksResponse
+	(*GetTaskRequest)(nil),          // 90: atoll.v1.GetTaskRequest
+	(*CancelTaskRequest)(nil),       // 91: atoll.v1.CancelTaskRequest
+	(*InjectRequest)(nil),           // 92: atoll.v1.InjectRequest
+	(*InjectResponse)(nil),          // 93: atoll.v1.InjectResponse
+	(*AddNodeRequest)(nil),          // 94: atoll.v1.AddNodeRequest
+	(*AddNodeResponse)(nil),         // 95: atoll.v1.AddNodeResponse
+	nil,                             // 96: atoll.v1.Volume.PropertiesEntry
+	nil,                             // 97: atoll.v1.CreateVolumeRequest.PropertiesEntry
+	nil,                             // 98: atoll.v1.Version.PropertiesEntry
+	nil,                             // 99: atoll.v1.CreateVersionRequest.PropertiesEntry
+	nil,                             // 100: atoll.v1.CloneVersionRequest.PropertiesEntry
+	nil,                             // 101: atoll.v1.CommitImportRequest.PropertiesEntry
+	nil,                             // 102: atoll.v1.Entry.PropertiesEntry
+	nil,                             // 103: atoll.v1.SetPropertiesRequest.PropertiesEntry
+	(*timestamppb.Timestamp)(nil),   // 104: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),     // 105: google.protobuf.Duration
 }
 var file_atoll_proto_depIdxs = []int32{
-	4,   // 0: atoll.v1.GetStatusResponse.processes:type_name -> atoll.v1.Process
-	102, // 1: atoll.v1.GetStatusResponse.now:type_name -> google.protobuf.Timestamp
-	3,   // 2: atoll.v1.GetStatusResponse.kept:type_name -> atoll.v1.KeptMedium
-	102, // 3: atoll.v1.Process.started:type_name -> google.protobuf.Timestamp
-	7,   // 4: atoll.v1.ListNodesResponse.nodes:type_name -> atoll.v1.Node
-	103, // 5: atoll.v1.Node.append_p99:type_name -> google.protobuf.Duration
-	10,  // 6: atoll.v1.GetConfigResponse.settings:type_name -> atoll.v1.Setting
-	13,  // 7: atoll.v1.DiagnoseResponse.findings:type_name -> atoll.v1.Finding
-	103, // 8: atoll.v1.CreateTokenRequest.ttl:type_name -> google.protobuf.Duration
-	102, // 9: atoll.v1.CreateTokenResponse.expires:type_name -> google.protobuf.Timestamp
-	102, // 10: atoll.v1.Volume.created:type_name -> google.protobuf.Timestamp
-	94,  // 11: atoll.v1.Volume.properties:type_name -> atoll.v1.Volume.PropertiesEntry
-	67,  // 12: atoll.v1.Volume.limits:type_name -> atoll.v1.Limits
-	102, // 13: atoll.v1.Volume.expires:type_name -> google.protobuf.Timestamp
-	95,  // 14: atoll.v1.CreateVolumeRequest.properties:type_name -> atoll.v1.CreateVolumeRequest.PropertiesEntry
-	67,  // 15: atoll.v1.CreateVolumeRequest.limits:type_name -> atoll.v1.Limits
-	18,  // 16: atoll.v1.ListVolumesResponse.volumes:type_name -> atoll.v1.Volume
-	102, // 17: atoll.v1.DeleteVolumeResponse.expires:type_name -> google.protobuf.Timestamp
-	102, // 18: atoll.v1.Version.time:type_name -> google.protobuf.Timestamp
-	96,  // 19: atoll.v1.Version.properties:type_name -> atoll.v1.Version.PropertiesEntry
-	97,  // 20: atoll.v1.CreateVersionRequest.properties:type_name -> atoll.v1.CreateVersionRequest.PropertiesEntry
-	29,  // 21: atoll.v1.CreateVersionResponse.versions:type_name -> atoll.v1.Version
-	29,  // 22: atoll.v1.ListVersionsResponse.versions:type_name -> atoll.v1.Version
-	29,  // 23: atoll.v1.RestoreVersionResponse.version:type_name -> atoll.v1.Version
-	29,  // 24: atoll.v1.RestoreVersionResponse.saved:type_name -> atoll.v1.Version
-	98,  // 25: atoll.v1.CloneVersionRequest.properties:type_name -> atoll.v1.CloneVersionRequest.PropertiesEntry
-	44,  // 26: atoll.v1.ListChildrenResponse.children:type_name -> atoll.v1.Child
-	47,  // 27: atoll.v1.DiffResponse.extents:type_name -> atoll.v1.Extent
-	99,  // 28: atoll.v1.CommitImportRequest.properties:type_name -> atoll.v1.CommitImportRequest.PropertiesEntry
-	102, // 29: atoll.v1.Entry.created:type_name -> google.protobuf.Timestamp
-	100, // 30: atoll.v1.Entry.properties:type_name -> atoll.v1.Entry.PropertiesEntry
-	57,  // 31: atoll.v1.ListDirectoryResponse.entries:type_name -> atoll.v1.Entry
-	101, // 32: atoll.v1.SetPropertiesRequest.properties:type_name -> atoll.v1.SetPropertiesRequest.PropertiesEntry
-	68,  // 33: atoll.v1.Limits.iops:type_name -> atoll.v1.Limit
-	68,  // 34: atoll.v1.Limits.read_iops:type_name -> atoll.v1.Limit
-	68,  // 35: atoll.v1.Limits.write_iops:type_name -> atoll.v1.Limit
-	68,  // 36: atoll.v1.Limits.bytes:type_name -> atoll.v1.Limit
-	68,  // 37: atoll.v1.Limits.read_bytes:type_name -> atoll.v1.Limit
-	68,  // 38: atoll.v1.Limits.write_bytes:type_name -> atoll.v1.Limit
-	67,  // 39: atoll.v1.SetLimitsRequest.limits:type_name -> atoll.v1.Limits
-	102, // 40: atoll.v1.TrashEntry.removed:type_name -> google.protobuf.Timestamp
-	102, // 41: atoll.v1.TrashEntry.expires:type_name -> google.protobuf.Timestamp
-	102, // 42: atoll.v1.TrashEntry.created:type_name -> google.protobuf.Timestamp
-	102, // 43: atoll.v1.MoveToTrashRequest.expires:type_name -> google.protobuf.Timestamp
-	70,  // 44: atoll.v1.ListTrashResponse.entries:type_name -> atoll.v1.TrashEntry
-	102, // 45: atoll.v1.PurgeTrashRequest.expired_before:type_name -> google.protobuf.Timestamp
-	102, // 46: atoll.v1.User.created:type_name -> google.protobuf.Timestamp
-	77,  // 47: atoll.v1.ListUsersResponse.users:type_name -> atoll.v1.User
-	102, // 48: atoll.v1.Task.started:type_name -> google.protobuf.Timestamp
-	102, // 49: atoll.v1.Task.ended:type_name -> google.protobuf.Timestamp
-	85,  // 50: atoll.v1.ListTasksResponse.tasks:type_name -> atoll.v1.Task
-	103, // 51: atoll.v1.InjectRequest.delay:type_name -> google.protobuf.Duration
-	1,   // 52: atoll.v1.ClusterService.GetStatus:input_type -> atoll.v1.GetStatusRequest
-	5,   // 53: atoll.v1.ClusterService.ListNodes:input_type -> atoll.v1.ListNodesRequest
-	8,   // 54: atoll.v1.ClusterService.GetConfig:input_type -> atoll.v1.GetConfigRequest
-	11,  // 55: atoll.v1.ClusterService.Diagnose:input_type -> atoll.v1.DiagnoseRequest
-	14,  // 56: atoll.v1.ClusterService.CreateToken:input_type -> atoll.v1.CreateTokenRequest
-	16,  // 57: atoll.v1.ClusterService.Join:input_type -> atoll.v1.JoinRequest
-	19,  // 58: atoll.v1.VolumeService.CreateVolume:input_type -> atoll.v1.CreateVolumeRequest
-	21,  // 59: atoll.v1.VolumeService.ListVolumes:input_type -> atoll.v1.ListVolumesRequest
-	23,  // 60: atoll.v1.VolumeService.GetVolume:input_type -> atoll.v1.GetVolumeRequest
-	24,  // 61: atoll.v1.VolumeService.ResizeVolume:input_type -> atoll.v1.ResizeVolumeRequest
-	25,  // 62: atoll.v1.VolumeService.DeleteVolume:input_type -> atoll.v1.DeleteVolumeRequest
-	27,  // 63: atoll.v1.VolumeService.CheckVolume:input_type -> atoll.v1.CheckVolumeRequest
-	20,  // 64: atoll.v1.VolumeService.SetRedundancy:input_type -> atoll.v1.SetRedundancyRequest
-	30,  // 65: atoll.v1.VersionService.CreateVersion:input_type -> atoll.v1.CreateVersionRequest
-	32,  // 66: atoll.v1.VersionService.ListVersions:input_type -> atoll.v1.ListVersionsRequest
-	34,  // 67: atoll.v1.VersionService.UpdateVersion:input_type -> atoll.v1.UpdateVersionRequest
-	35,  // 68: atoll.v1.VersionService.DeleteVersion:input_type -> atoll.v1.DeleteVersionRequest
-	37,  // 69: atoll.v1.VersionService.ReleaseVersion:input_type -> atoll.v1.ReleaseVersionRequest
-	38,  // 70: atoll.v1.VersionService.RestoreVersion:input_type -> atoll.v1.RestoreVersionRequest
-	40,  // 71: atoll.v1.VersionService.CloneVersion:input_type -> atoll.v1.CloneVersionRequest
-	41,  // 72: atoll.v1.VersionService.Flatten:input_type -> atoll.v1.FlattenRequest
-	42,  // 73: atoll.v1.VersionService.ListChildren:input_type -> atoll.v1.ListChildrenRequest
-	45,  // 74: atoll.v1.VersionService.Diff:input_type -> atoll.v1.DiffRequest
-	48,  // 75: atoll.v1.VersionService.SetSchedule:input_type -> atoll.v1.SetScheduleRequest
-	50,  // 76: atoll.v1.VersionService.BeginImport:input_type -> atoll.v1.BeginImportRequest
-	52,  // 77: atoll.v1.VersionService.CommitImport:input_type -> atoll.v1.CommitImportRequest
-	53,  // 78: atoll.v1.VersionService.AbortImport:input_type -> atoll.v1.AbortImportRequest
-	55,  // 79: atoll.v1.VersionService.KeepImport:input_type -> atoll.v1.KeepImportRequest
-	58,  // 80: atoll.v1.NamespaceService.MakeDirectory:input_type -> atoll.v1.MakeDirectoryRequest
-	59,  // 81: atoll.v1.NamespaceService.RemoveDirectory:input_type -> atoll.v1.RemoveDirectoryRequest
-	61,  // 82: atoll.v1.NamespaceService.ListDirectory:input_type -> atoll.v1.ListDirectoryRequest
-	63,  // 83: atoll.v1.NamespaceService.GetEntry:input_type -> atoll.v1.GetEntryRequest
-	64,  // 84: atoll.v1.NamespaceService.Rename:input_type -> atoll.v1.RenameRequest
-	65,  // 85: atoll.v1.NamespaceService.ChangeOwner:input_type -> atoll.v1.ChangeOwnerRequest
-	66,  // 86: atoll.v1.NamespaceService.SetProperties:input_type -> atoll.v1.SetPropertiesRequest
-	69,  // 87: atoll.v1.NamespaceService.SetLimits:input_type -> atoll.v1.SetLimitsRequest
-	71,  // 88: atoll.v1.TrashService.MoveToTrash:input_type -> atoll.v1.MoveToTrashRequest
-	72,  // 89: atoll.v1.TrashService.ListTrash:input_type -> atoll.v1.ListTrashRequest
-	74,  // 90: atoll.v1.TrashService.RestoreTrash:input_type -> atoll.v1.RestoreTrashRequest
-	75,  // 91: atoll.v1.TrashService.PurgeTrash:input_type -> atoll.v1.PurgeTrashRequest
-	78,  // 92: atoll.v1.UserService.CreateUser:input_type -> atoll.v1.CreateUserRequest
-	79,  // 93: atoll.v1.UserService.ListUsers:input_type -> atoll.v1.ListUsersRequest
-	81,  // 94: atoll.v1.UserService.UpdateUser:input_type -> atoll.v1.UpdateUserRequest
-	83,  // 95: atoll.v1.UserService.DeleteUser:input_type -> atoll.v1.DeleteUserRequest
-	82,  // 96: atoll.v1.UserService.Authenticate:input_type -> atoll.v1.AuthenticateRequest
-	86,  // 97: atoll.v1.TaskService.ListTasks:input_type -> atoll.v1.ListTasksRequest
-	88,  // 98: atoll.v1.TaskService.GetTask:input_type -> atoll.v1.GetTaskRequest
-	89,  // 99: atoll.v1.TaskService.CancelTask:input_type -> atoll.v1.CancelTaskRequest
-	90,  // 100: atoll.v1.DemoService.Inject:input_type -> atoll.v1.InjectRequest
-	92,  // 101: atoll.v1.DemoService.AddNode:input_type -> atoll.v1.AddNodeRequest
-	2,   // 102: atoll.v1.ClusterService.GetStatus:output_type -> atoll.v1.GetStatusResponse
-	6,   // 103: atoll.v1.ClusterService.ListNodes:output_type -> atoll.v1.ListNodesResponse
-	9,   // 104: atoll.v1.ClusterService.GetConfig:output_type -> atoll.v1.GetConfigResponse
-	12,  // 105: atoll.v1.ClusterService.Diagnose:output_type -> atoll.v1.DiagnoseResponse
-	15,  // 106: atoll.v1.ClusterService.CreateToken:output_type -> atoll.v1.CreateTokenResponse
-	17,  // 107: atoll.v1.ClusterService.Join:output_type -> atoll.v1.JoinResponse
-	18,  // 108: atoll.v1.VolumeService.CreateVolume:output_type -> atoll.v1.Volume
-	22,  // 109: atoll.v1.VolumeService.ListVolumes:output_type -> atoll.v1.ListVolumesResponse
-	18,  // 110: atoll.v1.VolumeService.GetVolume:output_type -> atoll.v1.Volume
-	18,  // 111: atoll.v1.VolumeService.ResizeVolume:output_type -> atoll.v1.Volume
-	26,  // 112: atoll.v1.VolumeService.DeleteVolume:output_type -> atoll.v1.DeleteVolumeResponse
-	28,  // 113: atoll.v1.VolumeService.CheckVolume:output_type -> atoll.v1.CheckVolumeResponse
-	18,  // 114: atoll.v1.VolumeService.SetRedundancy:output_type -> atoll.v1.Volume
-	31,  // 115: atoll.v1.VersionService.CreateVersion:output_type -> atoll.v1.CreateVersionResponse
-	33,  // 116: atoll.v1.VersionService.ListVersions:output_type -> atoll.v1.ListVersionsResponse
-	29,  // 117: atoll.v1.VersionService.UpdateVersion:output_type -> atoll.v1.Version
-	36,  // 118: atoll.v1.VersionService.DeleteVersion:output_type -> atoll.v1.DeleteVersionResponse
-	29,  // 119: atoll.v1.VersionService.ReleaseVersion:output_type -> atoll.v1.Version
-	39,  // 120: atoll.v1.VersionService.RestoreVersion:output_type -> atoll.v1.RestoreVersionResponse
-	18,  // 121: atoll.v1.VersionService.CloneVersion:output_type -> atoll.v1.Volume
-	85,  // 122: atoll.v1.VersionService.Flatten:output_type -> atoll.v1.Task
-	43,  // 123: atoll.v1.VersionService.ListChildren:output_type -> atoll.v1.ListChildrenResponse
-	46,  // 124: atoll.v1.VersionService.Diff:output_type -> atoll.v1.DiffResponse
-	49,  // 125: atoll.v1.VersionService.SetSchedule:output_type -> atoll.v1.SetScheduleResponse
-	51,  // 126: atoll.v1.VersionService.BeginImport:output_type -> atoll.v1.BeginImportResponse
-	29,  // 127: atoll.v1.VersionService.CommitImport:output_type -> atoll.v1.Version
-	54,  // 128: atoll.v1.VersionService.AbortImport:output_type -> atoll.v1.AbortImportResponse
-	56,  // 129: atoll.v1.VersionService.KeepImport:output_type -> atoll.v1.KeepImportResponse
-	57,  // 130: atoll.v1.NamespaceService.MakeDirectory:output_type -> atoll.v1.Entry
-	60,  // 131: atoll.v1.NamespaceService.RemoveDirectory:output_type -> atoll.v1.RemoveDirectoryResponse
-	62,  // 132: atoll.v1.NamespaceService.ListDirectory:output_type -> atoll.v1.ListDirectoryResponse
-	57,  // 133: atoll.v1.NamespaceService.GetEntry:output_type -> atoll.v1.Entry
-	57,  // 134: atoll.v1.NamespaceService.Rename:output_type -> atoll.v1.Entry
-	57,  // 135: atoll.v1.NamespaceService.ChangeOwner:output_type -> atoll.v1.Entry
-	57,  // 136: atoll.v1.NamespaceService.SetProperties:output_type -> atoll.v1.Entry
-	67,  // 137: atoll.v1.NamespaceService.SetLimits:output_type -> atoll.v1.Limits
-	70,  // 138: atoll.v1.TrashService.MoveToTrash:output_type -> atoll.v1.TrashEntry
-	73,  // 139: atoll.v1.TrashService.ListTrash:output_type -> atoll.v1.ListTrashResponse
-	57,  // 140: atoll.v1.TrashService.RestoreTrash:output_type -> atoll.v1.Entry
-	76,  // 141: atoll.v1.TrashService.PurgeTrash:output_type -> atoll.v1.PurgeTrashResponse
-	77,  // 142: atoll.v1.UserService.CreateUser:output_type -> atoll.v1.User
-	80,  // 143: atoll.v1.UserService.ListUsers:output_type -> atoll.v1.ListUsersResponse
-	77,  // 144: atoll.v1.UserService.UpdateUser:output_type -> atoll.v1.User
-	84,  // 145: atoll.v1.UserService.DeleteUser:output_type -> atoll.v1.DeleteUserResponse
-	77,  // 146: atoll.v1.UserService.Authenticate:output_type -> atoll.v1.User
-	87,  // 147: atoll.v1.TaskService.ListTasks:output_type -> atoll.v1.ListTasksResponse
-	85,  // 148: atoll.v1.TaskService.GetTask:output_type -> atoll.v1.Task
-	85,  // 149: atoll.v1.TaskService.CancelTask:output_type -> atoll.v1.Task
-	91,  // 150: atoll.v1.DemoService.Inject:output_type -> atoll.v1.InjectResponse
-	93,  // 151: atoll.v1.DemoService.AddNode:output_type -> atoll.v1.AddNodeResponse
-	102, // [102:152] is the sub-list for method output_type
-	52,  // [52:102] is the sub-list for method input_type
-	52,  // [52:52] is the sub-list for extension type_name
-	52,  // [52:52] is the sub-list for extension extendee
-	0,   // [0:52] is the sub-list for field type_name
+	5,   // 0: atoll.v1.GetStatusResponse.processes:type_name -> atoll.v1.Process
+	104, // 1: atoll.v1.GetStatusResponse.now:type_name -> google.protobuf.Timestamp
+	3,   // 2: atoll.v1.GetStatusResponse.repair:type_name -> atoll.v1.Repair
+	4,   // 3: atoll.v1.GetStatusResponse.kept:type_name -> atoll.v1.KeptMedium
+	105, // 4: atoll.v1.Repair.left:type_name -> google.protobuf.Duration
+	104, // 5: atoll.v1.Process.started:type_name -> google.protobuf.Timestamp
+	8,   // 6: atoll.v1.ListNodesResponse.nodes:type_name -> atoll.v1.Node
+	105, // 7: atoll.v1.Node.append_p99:type_name -> google.protobuf.Duration
+	104, // 8: atoll.v1.Node.down_since:type_name -> google.protobuf.Timestamp
+	12,  // 9: atoll.v1.GetConfigResponse.settings:type_name -> atoll.v1.Setting
+	15,  // 10: atoll.v1.DiagnoseResponse.findings:type_name -> atoll.v1.Finding
+	105, // 11: atoll.v1.CreateTokenRequest.ttl:type_name -> google.protobuf.Duration
+	104, // 12: atoll.v1.CreateTokenResponse.expires:type_name -> google.protobuf.Timestamp
+	104, // 13: atoll.v1.Volume.created:type_name -> google.protobuf.Timestamp
+	96,  // 14: atoll.v1.Volume.properties:type_name -> atoll.v1.Volume.PropertiesEntry
+	69,  // 15: atoll.v1.Volume.limits:type_name -> atoll.v1.Limits
+	104, // 16: atoll.v1.Volume.expires:type_name -> google.protobuf.Timestamp
+	97,  // 17: atoll.v1.CreateVolumeRequest.properties:type_name -> atoll.v1.CreateVolumeRequest.PropertiesEntry
+	69,  // 18: atoll.v1.CreateVolumeRequest.limits:type_name -> atoll.v1.Limits
+	20,  // 19: atoll.v1.ListVolumesResponse.volumes:type_name -> atoll.v1.Volume
+	104, // 20: atoll.v1.DeleteVolumeResponse.expires:type_name -> google.protobuf.Timestamp
+	104, // 21: atoll.v1.Version.time:type_name -> google.protobuf.Timestamp
+	98,  // 22: atoll.v1.Version.properties:type_name -> atoll.v1.Version.PropertiesEntry
+	99,  // 23: atoll.v1.CreateVersionRequest.properties:type_name -> atoll.v1.CreateVersionRequest.PropertiesEntry
+	31,  // 24: atoll.v1.CreateVersionResponse.versions:type_name -> atoll.v1.Version
+	31,  // 25: atoll.v1.ListVersionsResponse.versions:type_name -> atoll.v1.Version
+	31,  // 26: atoll.v1.RestoreVersionResponse.version:type_name -> atoll.v1.Version
+	31,  // 27: atoll.v1.RestoreVersionResponse.saved:type_name -> atoll.v1.Version
+	100, // 28: atoll.v1.CloneVersionRequest.properties:type_name -> atoll.v1.CloneVersionRequest.PropertiesEntry
+	46,  // 29: atoll.v1.ListChildrenResponse.children:type_name -> atoll.v1.Child
+	49,  // 30: atoll.v1.DiffResponse.extents:type_name -> atoll.v1.Extent
+	101, // 31: atoll.v1.CommitImportRequest.properties:type_name -> atoll.v1.CommitImportRequest.PropertiesEntry
+	104, // 32: atoll.v1.Entry.created:type_name -> google.protobuf.Timestamp
+	102, // 33: atoll.v1.Entry.properties:type_name -> atoll.v1.Entry.PropertiesEntry
+	59,  // 34: atoll.v1.ListDirectoryResponse.entries:type_name -> atoll.v1.Entry
+	103, // 35: atoll.v1.SetPropertiesRequest.properties:type_name -> atoll.v1.SetPropertiesRequest.PropertiesEntry
+	70,  // 36: atoll.v1.Limits.iops:type_name -> atoll.v1.Limit
+	70,  // 37: atoll.v1.Limits.read_iops:type_name -> atoll.v1.Limit
+	70,  // 38: atoll.v1.Limits.write_iops:type_name -> atoll.v1.Limit
+	70,  // 39: atoll.v1.Limits.bytes:type_name -> atoll.v1.Limit
+	70,  // 40: atoll.v1.Limits.read_bytes:type_name -> atoll.v1.Limit
+	70,  // 41: atoll.v1.Limits.write_bytes:type_name -> atoll.v1.Limit
+	69,  // 42: atoll.v1.SetLimitsRequest.limits:type_name -> atoll.v1.Limits
+	104, // 43: atoll.v1.TrashEntry.removed:type_name -> google.protobuf.Timestamp
+	104, // 44: atoll.v1.TrashEntry.expires:type_name -> google.protobuf.Timestamp
+	104, // 45: atoll.v1.TrashEntry.created:type_name -> google.protobuf.Timestamp
+	104, // 46: atoll.v1.MoveToTrashRequest.expires:type_name -> google.protobuf.Timestamp
+	72,  // 47: atoll.v1.ListTrashResponse.entries:type_name -> atoll.v1.TrashEntry
+	104, // 48: atoll.v1.PurgeTrashRequest.expired_before:type_name -> google.protobuf.Timestamp
+	104, // 49: atoll.v1.User.created:type_name -> google.protobuf.Timestamp
+	79,  // 50: atoll.v1.ListUsersResponse.users:type_name -> atoll.v1.User
+	104, // 51: atoll.v1.Task.started:type_name -> google.protobuf.Timestamp
+	104, // 52: atoll.v1.Task.ended:type_name -> google.protobuf.Timestamp
+	87,  // 53: atoll.v1.ListTasksResponse.tasks:type_name -> atoll.v1.Task
+	105, // 54: atoll.v1.InjectRequest.delay:type_name -> google.protobuf.Duration
+	1,   // 55: atoll.v1.ClusterService.GetStatus:input_type -> atoll.v1.GetStatusRequest
+	6,   // 56: atoll.v1.ClusterService.ListNodes:input_type -> atoll.v1.ListNodesRequest
+	9,   // 57: atoll.v1.ClusterService.SetNode:input_type -> atoll.v1.SetNodeRequest
+	10,  // 58: atoll.v1.ClusterService.GetConfig:input_type -> atoll.v1.GetConfigRequest
+	13,  // 59: atoll.v1.ClusterService.Diagnose:input_type -> atoll.v1.DiagnoseRequest
+	16,  // 60: atoll.v1.ClusterService.CreateToken:input_type -> atoll.v1.CreateTokenRequest
+	18,  // 61: atoll.v1.ClusterService.Join:input_type -> atoll.v1.JoinRequest
+	21,  // 62: atoll.v1.VolumeService.CreateVolume:input_type -> atoll.v1.CreateVolumeRequest
+	23,  // 63: atoll.v1.VolumeService.ListVolumes:input_type -> atoll.v1.ListVolumesRequest
+	25,  // 64: atoll.v1.VolumeService.GetVolume:input_type -> atoll.v1.GetVolumeRequest
+	26,  // 65: atoll.v1.VolumeService.ResizeVolume:input_type -> atoll.v1.ResizeVolumeRequest
+	27,  // 66: atoll.v1.VolumeService.DeleteVolume:input_type -> atoll.v1.DeleteVolumeRequest
+	29,  // 67: atoll.v1.VolumeService.CheckVolume:input_type -> atoll.v1.CheckVolumeRequest
+	22,  // 68: atoll.v1.VolumeService.SetRedundancy:input_type -> atoll.v1.SetRedundancyRequest
+	32,  // 69: atoll.v1.VersionService.CreateVersion:input_type -> atoll.v1.CreateVersionRequest
+	34,  // 70: atoll.v1.VersionService.ListVersions:input_type -> atoll.v1.ListVersionsRequest
+	36,  // 71: atoll.v1.VersionService.UpdateVersion:input_type -> atoll.v1.UpdateVersionRequest
+	37,  // 72: atoll.v1.VersionService.DeleteVersion:input_type -> atoll.v1.DeleteVersionRequest
+	39,  // 73: atoll.v1.VersionService.ReleaseVersion:input_type -> atoll.v1.ReleaseVersionRequest
+	40,  // 74: atoll.v1.VersionService.RestoreVersion:input_type -> atoll.v1.RestoreVersionRequest
+	42,  // 75: atoll.v1.VersionService.CloneVersion:input_type -> atoll.v1.CloneVersionRequest
+	43,  // 76: atoll.v1.VersionService.Flatten:input_type -> atoll.v1.FlattenRequest
+	44,  // 77: atoll.v1.VersionService.ListChildren:input_type -> atoll.v1.ListChildrenRequest
+	47,  // 78: atoll.v1.VersionService.Diff:input_type -> atoll.v1.DiffRequest
+	50,  // 79: atoll.v1.VersionService.SetSchedule:input_type -> atoll.v1.SetScheduleRequest
+	52,  // 80: atoll.v1.VersionService.BeginImport:input_type -> atoll.v1.BeginImportRequest
+	54,  // 81: atoll.v1.VersionService.CommitImport:input_type -> atoll.v1.CommitImportRequest
+	55,  // 82: atoll.v1.VersionService.AbortImport:input_type -> atoll.v1.AbortImportRequest
+	57,  // 83: atoll.v1.VersionService.KeepImport:input_type -> atoll.v1.KeepImportRequest
+	60,  // 84: atoll.v1.NamespaceService.MakeDirectory:input_type -> atoll.v1.MakeDirectoryRequest
+	61,  // 85: atoll.v1.NamespaceService.RemoveDirectory:input_type -> atoll.v1.RemoveDirectoryRequest
+	63,  // 86: atoll.v1.NamespaceService.ListDirectory:input_type -> atoll.v1.ListDirectoryRequest
+	65,  // 87: atoll.v1.NamespaceService.GetEntry:input_type -> atoll.v1.GetEntryRequest
+	66,  // 88: atoll.v1.NamespaceService.Rename:input_type -> atoll.v1.RenameRequest
+	67,  // 89: atoll.v1.NamespaceService.ChangeOwner:input_type -> atoll.v1.ChangeOwnerRequest
+	68,  // 90: atoll.v1.NamespaceService.SetProperties:input_type -> atoll.v1.SetPropertiesRequest
+	71,  // 91: atoll.v1.NamespaceService.SetLimits:input_type -> atoll.v1.SetLimitsRequest
+	73,  // 92: atoll.v1.TrashService.MoveToTrash:input_type -> atoll.v1.MoveToTrashRequest
+	74,  // 93: atoll.v1.TrashService.ListTrash:input_type -> atoll.v1.ListTrashRequest
+	76,  // 94: atoll.v1.TrashService.RestoreTrash:input_type -> atoll.v1.RestoreTrashRequest
+	77,  // 95: atoll.v1.TrashService.PurgeTrash:input_type -> atoll.v1.PurgeTrashRequest
+	80,  // 96: atoll.v1.UserService.CreateUser:input_type -> atoll.v1.CreateUserRequest
+	81,  // 97: atoll.v1.UserService.ListUsers:input_type -> atoll.v1.ListUsersRequest
+	83,  // 98: atoll.v1.UserService.UpdateUser:input_type -> atoll.v1.UpdateUserRequest
+	85,  // 99: atoll.v1.UserService.DeleteUser:input_type -> atoll.v1.DeleteUserRequest
+	84,  // 100: atoll.v1.UserService.Authenticate:input_type -> atoll.v1.AuthenticateRequest
+	88,  // 101: atoll.v1.TaskService.ListTasks:input_type -> atoll.v1.ListTasksRequest
+	90,  // 102: atoll.v1.TaskService.GetTask:input_type -> atoll.v1.GetTaskRequest
+	91,  // 103: atoll.v1.TaskService.CancelTask:input_type -> atoll.v1.CancelTaskRequest
+	92,  // 104: atoll.v1.DemoService.Inject:input_type -> atoll.v1.InjectRequest
+	94,  // 105: atoll.v1.DemoService.AddNode:input_type -> atoll.v1.AddNodeRequest
+	2,   // 106: atoll.v1.ClusterService.GetStatus:output_type -> atoll.v1.GetStatusResponse
+	7,   // 107: atoll.v1.ClusterService.ListNodes:output_type -> atoll.v1.ListNodesResponse
+	8,   // 108: atoll.v1.ClusterService.SetNode:output_type -> atoll.v1.Node
+	11,  // 109: atoll.v1.ClusterService.GetConfig:output_type -> atoll.v1.GetConfigResponse
+	14,  // 110: atoll.v1.ClusterService.Diagnose:output_type -> atoll.v1.DiagnoseResponse
+	17,  // 111: atoll.v1.ClusterService.CreateToken:output_type -> atoll.v1.CreateTokenResponse
+	19,  // 112: atoll.v1.ClusterService.Join:output_type -> atoll.v1.JoinResponse
+	20,  // 113: atoll.v1.VolumeService.CreateVolume:output_type -> atoll.v1.Volume
+	24,  // 114: atoll.v1.VolumeService.ListVolumes:output_type -> atoll.v1.ListVolumesResponse
+	20,  // 115: atoll.v1.VolumeService.GetVolume:output_type -> atoll.v1.Volume
+	20,  // 116: atoll.v1.VolumeService.ResizeVolume:output_type -> atoll.v1.Volume
+	28,  // 117: atoll.v1.VolumeService.DeleteVolume:output_type -> atoll.v1.DeleteVolumeResponse
+	30,  // 118: atoll.v1.VolumeService.CheckVolume:output_type -> atoll.v1.CheckVolumeResponse
+	20,  // 119: atoll.v1.VolumeService.SetRedundancy:output_type -> atoll.v1.Volume
+	33,  // 120: atoll.v1.VersionService.CreateVersion:output_type -> atoll.v1.CreateVersionResponse
+	35,  // 121: atoll.v1.VersionService.ListVersions:output_type -> atoll.v1.ListVersionsResponse
+	31,  // 122: atoll.v1.VersionService.UpdateVersion:output_type -> atoll.v1.Version
+	38,  // 123: atoll.v1.VersionService.DeleteVersion:output_type -> atoll.v1.DeleteVersionResponse
+	31,  // 124: atoll.v1.VersionService.ReleaseVersion:output_type -> atoll.v1.Version
+	41,  // 125: atoll.v1.VersionService.RestoreVersion:output_type -> atoll.v1.RestoreVersionResponse
+	20,  // 126: atoll.v1.VersionService.CloneVersion:output_type -> atoll.v1.Volume
+	87,  // 127: atoll.v1.VersionService.Flatten:output_type -> atoll.v1.Task
+	45,  // 128: atoll.v1.VersionService.ListChildren:output_type -> atoll.v1.ListChildrenResponse
+	48,  // 129: atoll.v1.VersionService.Diff:output_type -> atoll.v1.DiffResponse
+	51,  // 130: atoll.v1.VersionService.SetSchedule:output_type -> atoll.v1.SetScheduleResponse
+	53,  // 131: atoll.v1.VersionService.BeginImport:output_type -> atoll.v1.BeginImportResponse
+	31,  // 132: atoll.v1.VersionService.CommitImport:output_type -> atoll.v1.Version
+	56,  // 133: atoll.v1.VersionService.AbortImport:output_type -> atoll.v1.AbortImportResponse
+	58,  // 134: atoll.v1.VersionService.KeepImport:output_type -> atoll.v1.KeepImportResponse
+	59,  // 135: atoll.v1.NamespaceService.MakeDirectory:output_type -> atoll.v1.Entry
+	62,  // 136: atoll.v1.NamespaceService.RemoveDirectory:output_type -> atoll.v1.RemoveDirectoryResponse
+	64,  // 137: atoll.v1.NamespaceService.ListDirectory:output_type -> atoll.v1.ListDirectoryResponse
+	59,  // 138: atoll.v1.NamespaceService.GetEntry:output_type -> atoll.v1.Entry
+	59,  // 139: atoll.v1.NamespaceService.Rename:output_type -> atoll.v1.Entry
+	59,  // 140: atoll.v1.NamespaceService.ChangeOwner:output_type -> atoll.v1.Entry
+	59,  // 141: atoll.v1.NamespaceService.SetProperties:output_type -> atoll.v1.Entry
+	69,  // 142: atoll.v1.NamespaceService.SetLimits:output_type -> atoll.v1.Limits
+	72,  // 143: atoll.v1.TrashService.MoveToTrash:output_type -> atoll.v1.TrashEntry
+	75,  // 144: atoll.v1.TrashService.ListTrash:output_type -> atoll.v1.ListTrashResponse
+	59,  // 145: atoll.v1.TrashService.RestoreTrash:output_type -> atoll.v1.Entry
+	78,  // 146: atoll.v1.TrashService.PurgeTrash:output_type -> atoll.v1.PurgeTrashResponse
+	79,  // 147: atoll.v1.UserService.CreateUser:output_type -> atoll.v1.User
+	82,  // 148: atoll.v1.UserService.ListUsers:output_type -> atoll.v1.ListUsersResponse
+	79,  // 149: atoll.v1.UserService.UpdateUser:output_type -> atoll.v1.User
+	86,  // 150: atoll.v1.UserService.DeleteUser:output_type -> atoll.v1.DeleteUserResponse
+	79,  // 151: atoll.v1.UserService.Authenticate:output_type -> atoll.v1.User
+	89,  // 152: atoll.v1.TaskService.ListTasks:output_type -> atoll.v1.ListTasksResponse
+	87,  // 153: atoll.v1.TaskService.GetTask:output_type -> atoll.v1.Task
+	87,  // 154: atoll.v1.TaskService.CancelTask:output_type -> atoll.v1.Task
+	93,  // 155: atoll.v1.DemoService.Inject:output_type -> atoll.v1.InjectResponse
+	95,  // 156: atoll.v1.DemoService.AddNode:output_type -> atoll.v1.AddNodeResponse
+	106, // [106:157] is the sub-list for method output_type
+	55,  // [55:106] is the sub-list for method input_type
+	55,  // [55:55] is the sub-list for extension type_name
+	55,  // [55:55] is the sub-list for extension extendee
+	0,   // [0:55] is the sub-list for field type_name
 }
 
 func init() { file_atoll_proto_init() }
@@ -6994,16 +7270,16 @@ func file_atoll_proto_init() {
 	if File_atoll_proto != nil {
 		return
 	}
-	file_atoll_proto_msgTypes[18].OneofWrappers = []any{}
-	file_atoll_proto_msgTypes[34].OneofWrappers = []any{}
-	file_atoll_proto_msgTypes[81].OneofWrappers = []any{}
+	file_atoll_proto_msgTypes[20].OneofWrappers = []any{}
+	file_atoll_proto_msgTypes[36].OneofWrappers = []any{}
+	file_atoll_proto_msgTypes[83].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_atoll_proto_rawDesc), len(file_atoll_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   102,
+			NumMessages:   104,
 			NumExtensions: 0,
 			NumServices:   8,
 		},

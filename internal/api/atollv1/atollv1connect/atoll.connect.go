@@ -66,6 +66,8 @@ const (
 	// ClusterServiceListNodesProcedure is the fully-qualified name of the ClusterService's ListNodes
 	// RPC.
 	ClusterServiceListNodesProcedure = "/atoll.v1.ClusterService/ListNodes"
+	// ClusterServiceSetNodeProcedure is the fully-qualified name of the ClusterService's SetNode RPC.
+	ClusterServiceSetNodeProcedure = "/atoll.v1.ClusterService/SetNode"
 	// ClusterServiceGetConfigProcedure is the fully-qualified name of the ClusterService's GetConfig
 	// RPC.
 	ClusterServiceGetConfigProcedure = "/atoll.v1.ClusterService/GetConfig"
@@ -201,6 +203,9 @@ type ClusterServiceClient interface {
 	GetStatus(context.Context, *connect.Request[atollv1.GetStatusRequest]) (*connect.Response[atollv1.GetStatusResponse], error)
 	// ListNodes lists the storage nodes.
 	ListNodes(context.Context, *connect.Request[atollv1.ListNodesRequest]) (*connect.Response[atollv1.ListNodesResponse], error)
+	// SetNode drains a storage node, takes that back, or removes it. What would
+	// lose data is refused.
+	SetNode(context.Context, *connect.Request[atollv1.SetNodeRequest]) (*connect.Response[atollv1.Node], error)
 	// GetConfig lists the settings of the answering server with their origins.
 	GetConfig(context.Context, *connect.Request[atollv1.GetConfigRequest]) (*connect.Response[atollv1.GetConfigResponse], error)
 	// Diagnose runs the server's part of `atoll doctor`.
@@ -234,6 +239,12 @@ func NewClusterServiceClient(httpClient connect.HTTPClient, baseURL string, opts
 			connect.WithSchema(clusterServiceMethods.ByName("ListNodes")),
 			connect.WithClientOptions(opts...),
 		),
+		setNode: connect.NewClient[atollv1.SetNodeRequest, atollv1.Node](
+			httpClient,
+			baseURL+ClusterServiceSetNodeProcedure,
+			connect.WithSchema(clusterServiceMethods.ByName("SetNode")),
+			connect.WithClientOptions(opts...),
+		),
 		getConfig: connect.NewClient[atollv1.GetConfigRequest, atollv1.GetConfigResponse](
 			httpClient,
 			baseURL+ClusterServiceGetConfigProcedure,
@@ -265,6 +276,7 @@ func NewClusterServiceClient(httpClient connect.HTTPClient, baseURL string, opts
 type clusterServiceClient struct {
 	getStatus   *connect.Client[atollv1.GetStatusRequest, atollv1.GetStatusResponse]
 	listNodes   *connect.Client[atollv1.ListNodesRequest, atollv1.ListNodesResponse]
+	setNode     *connect.Client[atollv1.SetNodeRequest, atollv1.Node]
 	getConfig   *connect.Client[atollv1.GetConfigRequest, atollv1.GetConfigResponse]
 	diagnose    *connect.Client[atollv1.DiagnoseRequest, atollv1.DiagnoseResponse]
 	createToken *connect.Client[atollv1.CreateTokenRequest, atollv1.CreateTokenResponse]
@@ -279,6 +291,11 @@ func (c *clusterServiceClient) GetStatus(ctx context.Context, req *connect.Reque
 // ListNodes calls atoll.v1.ClusterService.ListNodes.
 func (c *clusterServiceClient) ListNodes(ctx context.Context, req *connect.Request[atollv1.ListNodesRequest]) (*connect.Response[atollv1.ListNodesResponse], error) {
 	return c.listNodes.CallUnary(ctx, req)
+}
+
+// SetNode calls atoll.v1.ClusterService.SetNode.
+func (c *clusterServiceClient) SetNode(ctx context.Context, req *connect.Request[atollv1.SetNodeRequest]) (*connect.Response[atollv1.Node], error) {
+	return c.setNode.CallUnary(ctx, req)
 }
 
 // GetConfig calls atoll.v1.ClusterService.GetConfig.
@@ -307,6 +324,9 @@ type ClusterServiceHandler interface {
 	GetStatus(context.Context, *connect.Request[atollv1.GetStatusRequest]) (*connect.Response[atollv1.GetStatusResponse], error)
 	// ListNodes lists the storage nodes.
 	ListNodes(context.Context, *connect.Request[atollv1.ListNodesRequest]) (*connect.Response[atollv1.ListNodesResponse], error)
+	// SetNode drains a storage node, takes that back, or removes it. What would
+	// lose data is refused.
+	SetNode(context.Context, *connect.Request[atollv1.SetNodeRequest]) (*connect.Response[atollv1.Node], error)
 	// GetConfig lists the settings of the answering server with their origins.
 	GetConfig(context.Context, *connect.Request[atollv1.GetConfigRequest]) (*connect.Response[atollv1.GetConfigResponse], error)
 	// Diagnose runs the server's part of `atoll doctor`.
@@ -334,6 +354,12 @@ func NewClusterServiceHandler(svc ClusterServiceHandler, opts ...connect.Handler
 		ClusterServiceListNodesProcedure,
 		svc.ListNodes,
 		connect.WithSchema(clusterServiceMethods.ByName("ListNodes")),
+		connect.WithHandlerOptions(opts...),
+	)
+	clusterServiceSetNodeHandler := connect.NewUnaryHandler(
+		ClusterServiceSetNodeProcedure,
+		svc.SetNode,
+		connect.WithSchema(clusterServiceMethods.ByName("SetNode")),
 		connect.WithHandlerOptions(opts...),
 	)
 	clusterServiceGetConfigHandler := connect.NewUnaryHandler(
@@ -366,6 +392,8 @@ func NewClusterServiceHandler(svc ClusterServiceHandler, opts ...connect.Handler
 			clusterServiceGetStatusHandler.ServeHTTP(w, r)
 		case ClusterServiceListNodesProcedure:
 			clusterServiceListNodesHandler.ServeHTTP(w, r)
+		case ClusterServiceSetNodeProcedure:
+			clusterServiceSetNodeHandler.ServeHTTP(w, r)
 		case ClusterServiceGetConfigProcedure:
 			clusterServiceGetConfigHandler.ServeHTTP(w, r)
 		case ClusterServiceDiagnoseProcedure:
@@ -389,6 +417,10 @@ func (UnimplementedClusterServiceHandler) GetStatus(context.Context, *connect.Re
 
 func (UnimplementedClusterServiceHandler) ListNodes(context.Context, *connect.Request[atollv1.ListNodesRequest]) (*connect.Response[atollv1.ListNodesResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.ClusterService.ListNodes is not implemented"))
+}
+
+func (UnimplementedClusterServiceHandler) SetNode(context.Context, *connect.Request[atollv1.SetNodeRequest]) (*connect.Response[atollv1.Node], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("atoll.v1.ClusterService.SetNode is not implemented"))
 }
 
 func (UnimplementedClusterServiceHandler) GetConfig(context.Context, *connect.Request[atollv1.GetConfigRequest]) (*connect.Response[atollv1.GetConfigResponse], error) {
