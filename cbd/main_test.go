@@ -9,6 +9,7 @@ import (
 
 	"go.uber.org/goleak"
 
+	"github.com/atollstore/atoll/internal/host/hosttest"
 	"github.com/atollstore/atoll/internal/server"
 	"github.com/atollstore/atoll/internal/server/servertest"
 )
@@ -29,7 +30,7 @@ func TestMain(m *testing.M) {
 	})
 	if code == 0 {
 		// The log goroutine of etcd's packages starts at import and stays.
-		if err := goleak.Find(goleak.IgnoreTopFunction("go.opencensus.io/stats/view.(*worker).start")); err != nil {
+		if err := hosttest.Leaks(goleak.IgnoreTopFunction("go.opencensus.io/stats/view.(*worker).start")); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			code = 1
 		}

@@ -56,7 +56,7 @@ func (c *Cluster) EtcdLeader(ctx context.Context) (*Server, error) {
 		}
 		errs = append(errs, err)
 	}
-	return nil, fmt.Errorf("find the leader of etcd: none: %w", errors.Join(errs...))
+	return nil, errors.Join(errors.New("find the leader of etcd: there is none"), errors.Join(errs...))
 }
 
 // leads asks the server's etcd member whether it leads, through its socket.

@@ -32,6 +32,7 @@ type Etcd struct {
 	mu       struct {
 		sync.Mutex               // held for memory work only
 		at         int           // of clients, which is used
+		heard      time.Time     // when that one gave its last answer, or was turned to
 		moved      chan struct{} // closed when at changes
 	}
 }
@@ -96,13 +97,27 @@ func (e *Etcd) client() (c *clientv3.Client, at int, moved <-chan struct{}) {
 	return e.clients[e.mu.at], e.mu.at, e.mu.moved
 }
 
+// silence is how long the client in use goes without an answer before requests
+// go to another one: longer than the time between renewals, so that a member
+// that is only slow is not left, and watches with it, again and again.
+const silence = 2 * renewEvery
+
+// hear notes an answer of a client.
+func (e *Etcd) hear(at int) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.mu.at == at {
+		e.mu.heard = time.Now()
+	}
+}
+
 // move has requests go to client to from now on, unless they do not go to client
-// from any more.
+// from any more, or that one gave an answer not long ago.
 func (e *Etcd) move(from, to int) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	if e.mu.at == from && from != to {
-		e.mu.at = to
+	if e.mu.at == from && from != to && time.Since(e.mu.heard) >= silence {
+		e.mu.at, e.mu.heard = to, time.Now()
 		close(e.mu.moved)
 		e.mu.moved = make(chan struct{})
 	}
@@ -238,8 +253,12 @@ func (e *Etcd) KeepAlive(ctx context.Context, id LeaseID) error {
 		to := next
 		next = (next + 1) % len(e.clients)
 		e.renewals.Go(func() {
-			_, err := e.clients[to].KeepAliveOnce(ctx, clientv3.LeaseID(id))
+			// A late answer is none for the lease, but a sign of life.
+			late, done := context.WithTimeout(context.WithoutCancel(ctx), silence)
+			defer done()
+			_, err := e.clients[to].KeepAliveOnce(late, clientv3.LeaseID(id))
 			if err == nil {
+				e.hear(to)
 				e.move(at, to)
 			}
 			select {

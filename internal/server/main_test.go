@@ -39,7 +39,7 @@ func TestMain(m *testing.M) {
 	_ = os.RemoveAll(dir)
 	if code == 0 {
 		// The log goroutine of etcd's packages starts at import and stays.
-		if err := goleak.Find(goleak.IgnoreTopFunction("go.opencensus.io/stats/view.(*worker).start")); err != nil {
+		if err := hosttest.Leaks(goleak.IgnoreTopFunction("go.opencensus.io/stats/view.(*worker).start")); err != nil {
 			fmt.Println(err)
 			code = 1
 		}

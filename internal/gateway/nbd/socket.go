@@ -23,7 +23,8 @@ type socket struct {
 	net.Conn // as accepted; it may be closed while the socket lives on
 
 	way     atomic.Pointer[way]
-	writing sync.Mutex // held by whoever sends, and while the way changes
+	taken   atomic.Uint32 // how often it was taken off
+	writing sync.Mutex    // held by whoever sends, and while the way changes
 	mu      struct {
 		sync.Mutex // held for short calls only
 		closed     bool
@@ -91,6 +92,7 @@ func (s *socket) takeOff() bool {
 		return false
 	}
 	s.way.Store(&way{fd: fd})
+	s.taken.Add(1)
 	_ = w.nc.Close() // the connection stays, by the copy
 	return true
 }

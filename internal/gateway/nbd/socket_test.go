@@ -33,11 +33,11 @@ func TestSocketOff(t *testing.T) {
 			}
 		}
 		alone := func() {
-			i := 0
-			eventually(t, "the socket is off the poller", func() bool {
+			i, before := 0, conn.raw.taken.Load()
+			eventually(t, "the socket is taken off the poller", func() bool {
 				one(i)
 				i++
-				return conn.raw.off()
+				return conn.raw.taken.Load() > before || conn.raw.off()
 			})
 		}
 		for range 3 {
@@ -69,7 +69,7 @@ func TestSocketOff(t *testing.T) {
 		if err := c.ReadAt(t.Context(), make([]byte, 512), 0); err != nil {
 			t.Fatal(err)
 		}
-		return conn.raw.off()
+		return conn.raw.taken.Load() > 0
 	})
 	if err := s.Close(); err != nil {
 		t.Error(err)

@@ -39,7 +39,7 @@ const (
 	easyRest  = 10 * time.Second
 	// lateShare is the part of the stock that may be on its way back, and lateRest
 	// how long to wait for it.
-	lateShare = 4
+	lateShare = 2
 	lateRest  = 5 * time.Millisecond
 	// hardRest is when to look again for something to compact.
 	hardRest = 100 * time.Millisecond
