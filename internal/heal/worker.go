@@ -35,6 +35,7 @@ type worker struct {
 	// Of its goroutine.
 	seen     map[atoll.CopysetID]time.Time // since when a move is known here
 	verified map[atoll.SegmentID]atoll.BlockNo
+	places   map[atoll.CopysetID]atoll.NodeID // the old members whose places verified is about
 	tried    map[atoll.MediumID]time.Time
 	told     time.Time
 
@@ -48,7 +49,7 @@ type worker struct {
 
 func newWorker(h *Healer, id atoll.NodeID, node Node) *worker {
 	w := &worker{h: h, id: id, node: node, seen: map[atoll.CopysetID]time.Time{},
-		verified: map[atoll.SegmentID]atoll.BlockNo{}, tried: map[atoll.MediumID]time.Time{}}
+		verified: map[atoll.SegmentID]atoll.BlockNo{}, places: map[atoll.CopysetID]atoll.NodeID{}, tried: map[atoll.MediumID]time.Time{}}
 	w.told = time.Now()
 	w.pacer = newPacer(node.Requests, h.opts.Rate)
 	w.mu.at = time.Now()
@@ -105,6 +106,7 @@ func (w *worker) pass(ctx context.Context, st *catalog.State, sets []catalog.Cop
 	}
 	of, ask := map[atoll.CopysetID]bool{}, []atoll.NodeID{w.id}
 	for _, set := range sets {
+		w.place(set)
 		of[set.ID] = true
 		for _, id := range set.Nodes {
 			if lives(st, id) && !slices.Contains(ask, id) {
@@ -137,6 +139,25 @@ func (w *worker) pass(ctx context.Context, st *catalog.State, sets []catalog.Cop
 	}
 	w.settle(ctx, waiting)
 	return progress
+}
+
+// place forgets what was verified for another member's place in the set: of a coded
+// segment that is another shard.
+func (w *worker) place(set catalog.Copyset) {
+	m, _ := set.Incoming(w.id)
+	if old, is := w.places[set.ID]; !is || old != m.Old {
+		w.forget(set.ID)
+		w.places[set.ID] = m.Old
+	}
+}
+
+func (w *worker) forget(set atoll.CopysetID) {
+	for seg := range w.verified {
+		if seg.Copyset == set {
+			delete(w.verified, seg)
+		}
+	}
+	delete(w.places, set)
 }
 
 // tell says now and then what holds moves up.
@@ -226,7 +247,15 @@ func (w *worker) copy(ctx context.Context, turn int, j job) error {
 	from := append(slices.Clone(j.from[at:]), j.from[:at]...)
 	ctx = stream.WithPacer(ctx, w.pacer)
 	start := time.Now()
-	if err := w.h.opts.Nodes.Replicate(ctx, catalog.Sealed{Seg: j.seg, Length: j.length}, j.epoch, from, w.id); err != nil {
+	sealed := catalog.Sealed{Seg: j.seg, Length: j.length}
+	err := w.h.opts.Nodes.Replicate(ctx, sealed, j.epoch, from, w.id)
+	if errors.Is(err, atoll.ErrExist) {
+		// The member that has this shard's place was read back when it got it.
+		if err = w.node.Evict(ctx, j.seg); err == nil {
+			err = w.h.opts.Nodes.Replicate(ctx, sealed, j.epoch, from, w.id)
+		}
+	}
+	if err != nil {
 		w.h.opts.Metrics.copied(0, time.Since(start))
 		return err
 	}
@@ -249,11 +278,7 @@ func (w *worker) finish(ctx context.Context, set catalog.Copyset, v *verdict) bo
 		w.failed(ctx, "replacement not finished", set.ID, err)
 		return false
 	}
-	for seg := range w.verified {
-		if seg.Copyset == set.ID {
-			delete(w.verified, seg)
-		}
-	}
+	w.forget(set.ID)
 	w.h.log.InfoContext(ctx, "member replaced", "copyset", set.ID, "old", m.Old, "node", w.id, "why", m.Why, "ver", next.Version)
 	return true
 }

@@ -143,6 +143,20 @@ func headerAt(ctx context.Context, node wire.Node, seg atoll.SegmentID, at atoll
 	return h, err
 }
 
+// own refuses what the node holds if that is another shard of the segment, from a
+// time when it had or was to have another place in the copyset. Damage is found
+// when all is read back.
+func (m *mender) own(ctx context.Context) error {
+	h, err := headerAt(ctx, m.node, m.seg, 0)
+	if err != nil {
+		return nil
+	}
+	if _, k, coded, err := segment.ParseShard(h); err == nil && (!coded || k != m.shard) {
+		return fmt.Errorf("the node has shard %d of it: %w", k, atoll.ErrExist)
+	}
+	return nil
+}
+
 func (m *mender) complete(ctx context.Context, epoch atoll.Epoch) error {
 	ctx, cancel := context.WithTimeout(ctx, 6*atoll.RequestTimeout)
 	defer cancel()
@@ -150,6 +164,11 @@ func (m *mender) complete(ctx context.Context, epoch atoll.Epoch) error {
 	at, err := openCopy(ctx, m.node, s, epoch, m.shape.Length()+segment.FooterBlocks(m.shape.Batches(), int(m.shape.Length())), true)
 	if err != nil {
 		return err
+	}
+	if at > 0 {
+		if err := m.own(ctx); err != nil {
+			return err
+		}
 	}
 	prev := uint32(0)
 	if at > 0 && at < s.Length {

@@ -199,7 +199,8 @@ func pace(ctx context.Context, bytes int) error {
 // reads it back: when it returns nil the copy is whole and durable. from are the
 // nodes that hold it sealed at that length. epoch is the one under which these
 // have it, so that the segment's owner can go on to change or delete the copy;
-// ErrFenced when the owner has deleted it there.
+// ErrFenced when the owner has deleted it there; ErrExist when the node has a shard
+// of it that belongs to another place in the copyset, and has to go first.
 func (n *Nodes) Replicate(ctx context.Context, s catalog.Sealed, epoch atoll.Epoch, from []atoll.NodeID, to atoll.NodeID) error {
 	shape, coded, err := n.ShapeOf(ctx, s.Seg)
 	if err == nil && coded {
