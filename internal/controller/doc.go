@@ -40,7 +40,7 @@
 //     for media without an owner the controller has it done. Until then recovery
 //     asks the old members, by the rules R1 to R3 of package stream.
 //
-//   - D6: The new member's process does the rest, by the rules H1 to H6 of package
+//   - D6: The new member's process does the rest, by the rules H1 to H7 of package
 //     heal, and makes it a member. So repair goes on while no controller is
 //     elected. A move is cancelled when the old member is back, or not to be
 //     drained any more, or when the new one fails; what was copied by then is

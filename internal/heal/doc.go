@@ -31,6 +31,10 @@
 //	H6  Nothing is copied before every process must have seen the move, or lost
 //	    its lease: who deletes a segment fences it on the new node, too
 //	    (stream.Nodes.Delete), so that no copy on its way brings it back.
+//	H7  Of a coded segment a node has the shard of its place in the copyset, and a
+//	    new member takes the place of the old one. A shard of another place, from
+//	    an earlier or given up move, is evicted first: the member in that place was
+//	    read back when it got it (H4).
 //
 // The package does not choose nodes, and is not in the data path.
 package heal
