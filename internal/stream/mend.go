@@ -65,21 +65,27 @@ func (n *Nodes) Mend(ctx context.Context, s catalog.Sealed, epoch atoll.Epoch) (
 	if err != nil {
 		return Mended{}, []error{err}
 	}
-	var sum Mended
-	var bad []error
+	return mendEach(s.Seg, members, s.Unverified, func(_ int, id atoll.NodeID) (Mended, error) {
+		return n.mendCopy(ctx, s, epoch, members, id)
+	})
+}
+
+// mendEach calls mend, which knows its place in ids, for all nodes at once but the
+// unverified ones, and puts together what comes of it.
+func mendEach(seg atoll.SegmentID, ids, unverified []atoll.NodeID, mend func(i int, id atoll.NodeID) (Mended, error)) (sum Mended, bad []error) {
 	var mu sync.Mutex
 	var all sync.WaitGroup
-	for _, id := range members {
-		if slices.Contains(s.Unverified, id) {
+	for i, id := range ids {
+		if slices.Contains(unverified, id) {
 			continue
 		}
 		all.Go(func() {
-			got, err := n.mendCopy(ctx, s, epoch, members, id)
+			got, err := mend(i, id)
 			mu.Lock()
 			defer mu.Unlock()
 			sum.Add(got)
 			if err != nil {
-				bad = append(bad, &NotMended{id, s.Seg, errors.Is(err, errGone), err})
+				bad = append(bad, &NotMended{id, seg, errors.Is(err, errGone), err})
 			}
 		})
 	}

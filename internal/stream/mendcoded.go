@@ -5,8 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"strings"
-	"sync"
 
 	"github.com/atollstore/atoll/internal/atoll"
 	"github.com/atollstore/atoll/internal/catalog"
@@ -286,27 +284,9 @@ func (n *Nodes) MendCoded(ctx context.Context, c Coded, epoch atoll.Epoch) (Mend
 	if err != nil {
 		return Mended{}, []error{err}
 	}
-	var sum Mended
-	var bad []error
-	var mu sync.Mutex
-	var all sync.WaitGroup
-	for shard, id := range ids {
-		if slices.Contains(c.Unverified, id) {
-			continue
-		}
-		all.Go(func() {
-			got, err := n.mendShard(ctx, c, epoch, shard, id)
-			mu.Lock()
-			defer mu.Unlock()
-			sum.Add(got)
-			if err != nil {
-				bad = append(bad, &NotMended{id, c.Seg, errors.Is(err, errGone), err})
-			}
-		})
-	}
-	all.Wait()
-	slices.SortFunc(bad, func(a, b error) int { return strings.Compare(a.Error(), b.Error()) })
-	return sum, bad
+	return mendEach(c.Seg, ids, c.Unverified, func(shard int, id atoll.NodeID) (Mended, error) {
+		return n.mendShard(ctx, c, epoch, shard, id)
+	})
 }
 
 func (n *Nodes) mendShard(ctx context.Context, c Coded, epoch atoll.Epoch, shard int, id atoll.NodeID) (sum Mended, err error) {
